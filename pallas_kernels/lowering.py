@@ -1,0 +1,114 @@
+"""The one seam to `pallas_call`: JAX versions, the compiler parameters of each accelerator, interpret mode.
+
+Every kernel of the library is launched here and nowhere else, so that what changes in Pallas changes in one file.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas import triton as pltriton
+
+Platform = Literal["tpu", "cuda"]
+
+# Raised when a kernel is lowered, long after the call. Users can't act on it: leaving Triton is this file's business.
+warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
+
+
+class Work(NamedTuple):
+    """What a kernel has to do: the numbers behind the cost estimate and the roofline.
+
+    flops: floating-point (or integer) operations that the definition needs, one multiply-add counted as two.
+    bytes: what must cross HBM once, operands and results.
+    padded_flops: operations that the launch issues, lanes and rows of padding included.
+    """
+
+    flops: int
+    bytes: int
+    padded_flops: int
+
+
+def launch(
+    body: Callable[..., None],
+    *operands: jax.Array,
+    platform: Platform,
+    name: str,
+    grid: tuple[int, ...],
+    in_specs: Sequence[pl.BlockSpec],
+    out_specs: Any,
+    out_shape: Any,
+    work: Work,
+    interpret: Any = False,
+    num_warps: int = 4,
+    vmem_limit_bytes: int | None = None,
+) -> Any:
+    """Run `body` over `grid` on `platform`; every grid axis is parallel, because a GPU's are.
+
+    Args:
+      body: a function of Refs, inputs first.
+      operands: the arrays that `in_specs` cut into blocks.
+      name: what profiles and compiled programs call the kernel.
+      out_shape: `jax.ShapeDtypeStruct`s. Over a manual mesh axis the results vary wherever an operand does.
+      work: becomes the cost estimate, and what `pallas_kernels.aot` divides by.
+      interpret: False, True, or `pltpu.InterpretParams`.
+      num_warps: GPU only.
+      vmem_limit_bytes: TPU only.
+    """
+    if platform == "tpu":
+        params: Any = pltpu.CompilerParams(
+            dimension_semantics=("parallel",) * len(grid), vmem_limit_bytes=vmem_limit_bytes
+        )
+    else:
+        params = pltriton.CompilerParams(num_warps=num_warps, num_stages=1)
+    axes = frozenset[Any]().union(*map(varying_axes, operands))
+    call = pl.pallas_call(
+        body,
+        grid=grid,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=jax.tree.map(lambda s: _varying_struct(s, axes), out_shape),
+        name=name,
+        interpret=interpret,
+        compiler_params=params,
+        cost_estimate=pl.CostEstimate(flops=work.flops, bytes_accessed=work.bytes, transcendentals=0),
+        metadata={"padded_flops": str(work.padded_flops)},
+    )
+    return call(*operands)
+
+
+def varying_axes(x: jax.Array) -> frozenset[Any]:
+    """The mesh axes of an enclosing `shard_map` over which `x` differs from device to device."""
+    aval = jax.typeof(x)
+    manual = getattr(aval, "manual_axis_type", None)
+    return frozenset(manual.varying if manual is not None else getattr(aval, "vma", ()))
+
+
+def make_varying(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Let every array vary over the axes that any of them varies over; the transpose of that is a psum.
+
+    A replicated weight beside a sharded input needs this before a `custom_vjp`, whose cotangents must have the type
+    of the primals.
+    """
+    axes = frozenset[Any]().union(*map(varying_axes, arrays))
+
+    def cast(x: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - varying_axes(x)))
+        if not missing:
+            return x
+        if hasattr(jax.lax, "pcast"):
+            return jax.lax.pcast(x, missing, to="varying")
+        return jax.lax.pvary(x, missing)
+
+    return tuple(map(cast, arrays))
+
+
+def _varying_struct(struct: jax.ShapeDtypeStruct, axes: frozenset[Any]) -> jax.ShapeDtypeStruct:
+    if not axes:
+        return struct
+    if hasattr(jax.sharding, "ManualAxisType"):
+        kind = jax.sharding.ManualAxisType(varying=axes)
+        return jax.ShapeDtypeStruct(struct.shape, struct.dtype, manual_axis_type=kind)
+    return jax.ShapeDtypeStruct(struct.shape, struct.dtype, vma=axes)

@@ -1,0 +1,1 @@
+"""Flax NNX layers on the operators of this library."""

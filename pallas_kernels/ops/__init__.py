@@ -1,0 +1,1 @@
+"""One file per operator: the public function, its definition in jnp, its XLA implementation and its gradients."""

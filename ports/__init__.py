@@ -1,0 +1,1 @@
+"""Checkpoints from PyTorch: name maps and converters."""
