@@ -74,7 +74,7 @@ def launch(
         interpret=interpret,
         compiler_params=params,
         cost_estimate=pl.CostEstimate(flops=work.flops, bytes_accessed=work.bytes, transcendentals=0),
-        metadata={"padded_flops": str(work.padded_flops)},
+        metadata={"flops": str(work.flops), "padded_flops": str(work.padded_flops)},
     )
     return call(*operands)
 

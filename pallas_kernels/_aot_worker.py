@@ -1,0 +1,119 @@
+"""A child process of `pallas_kernels.aot`: it compiles one task after another, until a compiler takes it down.
+
+It is run as a file, not imported, and imports nothing of the package: a worker for GPUs starts without JAX.
+Tasks come pickled on standard input, replies go pickled to standard output, compilers talk on standard error.
+"""
+
+import functools
+import glob
+import os
+import pickle
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+Task = dict[str, Any]
+
+
+def main(mode: str) -> None:
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    with tempfile.TemporaryDirectory() as dump:
+        run = _compiler(mode, dump)
+        while True:
+            try:
+                task = pickle.load(sys.stdin.buffer)
+            except EOFError:
+                return
+            try:
+                reply = run(task)
+            except Exception as e:
+                reply = {"error": f"{type(e).__name__}: {e}"}
+            pickle.dump(reply, replies)
+            replies.flush()
+
+
+def _compiler(mode: str, dump: str) -> Callable[[Task], Task]:
+    if mode == "triton":
+        return functools.partial(_triton, directory=dump)
+    flags = {
+        "tpu": "",
+        "tpu-profile": f"--xla_jf_dump_static_llo_profile_to={dump}",
+        "tpu-bundles": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
+    }[mode]
+    # libtpu reads these once, as it is loaded.
+    os.environ.update(
+        JAX_PLATFORMS="cpu",
+        TPU_SKIP_MDS_QUERY="1",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        LIBTPU_INIT_ARGS=f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}",
+    )
+    return functools.partial(_tpu, directory=dump)
+
+
+def _tpu(task: Task, directory: str) -> Task:
+    """Compile an exported program for one device of a topology."""
+    import jax
+    from jax.experimental import topologies
+    from jax.sharding import SingleDeviceSharding
+
+    device = topologies.get_topology_desc(platform="tpu", topology_name=task["topology"]).devices[0]
+    sharding = SingleDeviceSharding(device)
+    exported = jax.export.deserialize(bytearray(task["exported"]))
+    operands = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in exported.in_avals]
+    compiled = jax.jit(exported.call, out_shardings=sharding).lower(*operands).compile()
+    text = compiled.as_text()
+    vmem = re.findall(
+        r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"', text
+    )
+    cycles = re.findall(r'"estimated_cycles":"?(\d+)', text)
+    return {
+        "code_bytes": compiled.memory_analysis().generated_code_size_in_bytes,
+        "memory_bytes": max(map(int, vmem), default=None),
+        "cycles": sum(map(int, cycles)) if cycles else None,
+        "bundles": _take_bundles(directory, re.findall(r"%(\S+) = [^\n]*tpu_custom_call", text)),
+    }
+
+
+def _take_bundles(directory: str, kernels: list[str]) -> int | None:
+    """VLIW bundles of the custom calls named `kernels`. Empties `directory`, for the next program's dump."""
+    files = glob.glob(f"{glob.escape(directory)}/**", recursive=True)
+    counts = []
+    for path in filter(os.path.isfile, files):
+        name = os.path.basename(path)
+        if name.endswith("schedule-analysis_final_bundles.txt") and any(f"-{k}-" in name for k in kernels):
+            with open(path) as f:
+                counts += re.findall(r"total scheduled bundles:\s*(\d+)", f.read())
+        os.unlink(path)
+    return sum(map(int, counts)) if counts else None
+
+
+def _triton(task: Task, directory: str) -> Task:
+    """Compile Triton IR to a cubin, and ask it for its resources."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    source, cubin = os.path.join(directory, "kernel.ttir"), os.path.join(directory, "kernel.cubin")
+    with open(source, "w") as f:
+        f.write(task["ttir"])
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", task["compute_capability"], 32), options=task["options"]
+    )
+    with open(cubin, "wb") as f:
+        f.write(compiled.asm["cubin"])
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    usage = subprocess.run([tool, "-res-usage", cubin], check=True, capture_output=True, text=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    return {
+        "code_bytes": len(compiled.asm["cubin"]),
+        "memory_bytes": compiled.metadata.shared,
+        "registers": int(registers),
+        "spill_bytes": int(stack),
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
