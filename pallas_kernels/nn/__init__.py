@@ -1,1 +1,17 @@
 """Flax NNX layers on the operators of this library."""
+
+from pallas_kernels.nn.convolution import BRANCHES, DepthwiseConv, DilatedReparamConv
+from pallas_kernels.nn.layers import GRN, DropPath, LayerScale, SqueezeExcite
+from pallas_kernels.nn.normalization import BatchNorm, fold_batch_norm
+
+__all__ = [
+    "BRANCHES",
+    "GRN",
+    "BatchNorm",
+    "DepthwiseConv",
+    "DilatedReparamConv",
+    "DropPath",
+    "LayerScale",
+    "SqueezeExcite",
+    "fold_batch_norm",
+]
