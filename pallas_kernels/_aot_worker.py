@@ -1,4 +1,4 @@
-"""A child process of `pallas_kernels.aot`: it compiles one task after another, until a compiler takes it down.
+"""A child process of `pallas_kernels.aot`: compiles one task after another, until a compiler takes it down.
 
 It is run as a file, not imported, and imports nothing of the package: a worker for GPUs starts without JAX.
 Tasks come pickled on standard input, replies go pickled to standard output, compilers talk on standard error.
@@ -48,6 +48,7 @@ def _compiler(mode: str, dump: str) -> Callable[[Task], Task]:
     os.environ.update(
         JAX_PLATFORMS="cpu",
         TPU_SKIP_MDS_QUERY="1",
+        TPU_WORKER_HOSTNAMES="localhost",
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
         LIBTPU_INIT_ARGS=f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}",
     )
@@ -57,12 +58,13 @@ def _compiler(mode: str, dump: str) -> Callable[[Task], Task]:
 def _tpu(task: Task, directory: str) -> Task:
     """Compile an exported program for one device of a topology."""
     import jax
+    from jax import export
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
     device = topologies.get_topology_desc(platform="tpu", topology_name=task["topology"]).devices[0]
     sharding = SingleDeviceSharding(device)
-    exported = jax.export.deserialize(bytearray(task["exported"]))
+    exported = export.deserialize(bytearray(task["exported"]))
     operands = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in exported.in_avals]
     compiled = jax.jit(exported.call, out_shardings=sharding).lower(*operands).compile()
     text = compiled.as_text()
@@ -94,6 +96,7 @@ def _take_bundles(directory: str, kernels: list[str]) -> int | None:
 def _triton(task: Task, directory: str) -> Task:
     """Compile Triton IR to a cubin, and ask it for its resources."""
     import triton
+    from triton.backends import nvidia
     from triton.backends.compiler import GPUTarget
 
     source, cubin = os.path.join(directory, "kernel.ttir"), os.path.join(directory, "kernel.cubin")
@@ -104,7 +107,7 @@ def _triton(task: Task, directory: str) -> Task:
     )
     with open(cubin, "wb") as f:
         f.write(compiled.asm["cubin"])
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    tool = os.path.join(os.path.dirname(nvidia.__file__), "bin", "cuobjdump")
     usage = subprocess.run([tool, "-res-usage", cubin], check=True, capture_output=True, text=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # pyright: ignore[reportOptionalMemberAccess]
     return {

@@ -1,6 +1,7 @@
 """Compile kernels for TPUs and NVIDIA GPUs on a machine that has neither, and say how good the result is.
 
-The vendors' own compilers do it (`pip install "pallas-kernels[aot]"`): libtpu for TPUs, Triton and ptxas for GPUs.
+The vendors' own compilers do it: libtpu for TPUs, Triton and ptxas for GPUs.
+`pip install "pallas-kernels[aot]"` brings them.
 """
 
 import contextlib
@@ -46,8 +47,8 @@ class KernelReport:
     work: what one call does, as its launcher stated it; None if it didn't.
     memory_bytes, memory_limit: VMEM of a TPU core, shared memory of a GPU block.
     code_bytes: size of the machine code.
-    cycles: on a TPU, the compiler's estimate, waits for HBM left out; None for the reason `no_cycles`. A call's first
-      and last transfers are in it, a few thousand cycles.
+    cycles: on a TPU, the compiler's estimate, waits for HBM left out; None for the reason `no_cycles`. A few
+      thousand are a call's first and last transfers.
     bundles: on a TPU where `cycles` is None, the instructions of the kernel's code, loops counted once.
     bound_cycles, bound_seconds: on a TPU, the least that its arithmetic units and its HBM allow for `work`.
     share: `bound_cycles` by the cycles estimated, waits for HBM included.
@@ -100,14 +101,14 @@ class Job(NamedTuple):
 def compile(fn: Callable[..., Any], *args: Any, target: str, timeout: float = 600.0) -> Report:
     """Compile `fn` for `target`, without the device.
 
-    The program goes through the vendor's compiler in a child process, because a kernel that it can't handle may take
-    the process down. For a TPU, each Pallas kernel is then compiled bare: the compiler estimates the cycles of kernels,
-    but not those of the copies that XLA puts around them.
+    The program goes through the vendor's compiler in a child process, since a kernel that it can't handle may
+    take the process down. For a TPU, each Pallas kernel is also compiled bare: the compiler estimates the cycles
+    of kernels, but not those of the copies that XLA puts around them.
 
     Args:
       fn: a function that `jax.jit` takes.
       args: arrays or `jax.ShapeDtypeStruct`s, or trees of them.
-      target: a name in `TARGETS`: "v4", "v5e", "v5p", "v6e", "7x", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100".
+      target: a TPU ("v4", "v5e", "v5p", "v6e", "7x") or a GPU ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100").
       timeout: seconds that the compiler may take for one program.
 
     Returns:
@@ -119,11 +120,13 @@ def compile(fn: Callable[..., Any], *args: Any, target: str, timeout: float = 60
 
     >>> import jax, jax.numpy as jnp
     >>> from pallas_kernels import aot, depthwise_conv
-    >>> x, w = jax.ShapeDtypeStruct((1, 32, 32, 128), jnp.float32), jax.ShapeDtypeStruct((7, 7, 128), jnp.float32)
+    >>> x = jax.ShapeDtypeStruct((1, 32, 32, 128), jnp.float32)
+    >>> w = jax.ShapeDtypeStruct((7, 7, 128), jnp.float32)
     >>> aot.compile(depthwise_conv, x, w, target="v5e").compiled
     True
     """
-    return next(compile_many([Job(fn, args, target)], timeout=timeout))
+    (report,) = compile_many([Job(fn, args, target)], timeout=timeout)
+    return report
 
 
 def compile_many(
@@ -227,7 +230,7 @@ def _abstract_device(target: Target) -> contextlib.AbstractContextManager[Any]:
 
 
 def _pallas_calls(jaxpr: Jaxpr, target: Target) -> Iterator[JaxprEqn]:
-    """The calls meant for the target: `lax.platform_dependent` leaves those of every platform in the jaxpr."""
+    """The target's calls: `lax.platform_dependent` leaves those of every platform in the jaxpr."""
     wanted = pltpu.CompilerParams if isinstance(target, TPU) else pltriton.CompilerParams
     for eqn in _equations(jaxpr):
         if eqn.primitive.name == "pallas_call" and not eqn.params["interpret"]:
@@ -343,15 +346,15 @@ def _profile(kernel: _Kernel, crew: "_Crew") -> _Task:
     reason = kernel.no_cycles
     if reason is None:
         reply = crew.ask("tpu-profile", kernel.task)
-        if reply.get("cycles"):
+        if not reply.pop("died", False):
             return reply
-        reason = f"cycles not estimated: {reply.get('error', 'the compiler gave none')}"
-    return {**crew.ask("tpu-bundles", kernel.task), "no_cycles": reason}
+        reason = f"cycles not estimated: {reply['error']}"
+    return {"no_cycles": reason, **crew.ask("tpu-bundles", kernel.task)}
 
 
 def _judge(kernel: _Kernel, reply: _Task, target: Target) -> KernelReport:
     """What a child found out, against the limits and the peaks of the target."""
-    found = {"no_cycles": None, **reply}
+    found = {k: v for k, v in reply.items() if k != "died"}
     needed = reply.get("memory_bytes") or 0
     if "error" not in reply and needed > kernel.memory_limit:
         found["error"] = (
@@ -386,15 +389,19 @@ class _Crew:
         self.pool = ThreadPoolExecutor(workers)
         self._timeout = timeout
         self._lock = threading.Lock()
-        self._children: list[_Child] = []
+        self._idle: list[_Child] = []
+        self._busy: list[_Child] = []
+        self._closed = False
 
     def __enter__(self) -> "_Crew":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        for child in self._children:
-            child.kill()
+        with self._lock:
+            self._closed = True
+            for child in (*self._idle, *self._busy):
+                child.kill()
+        self.pool.shutdown(cancel_futures=True)
 
     def submit(self, mode: str, task: _Task) -> "Future[_Task]":
         return self.pool.submit(self.ask, mode, task)
@@ -402,68 +409,72 @@ class _Crew:
     def ask(self, mode: str, task: _Task) -> _Task:
         """The reply of a child of that mode; a crash or a time-out is a reply with an error."""
         with self._lock:
-            child = next((c for c in self._children if c.mode == mode and not c.busy), None) or _Child(mode)
-            child.busy = True
-            if child not in self._children:
-                self._children.append(child)
+            if self._closed:
+                raise RuntimeError("the crew has gone home")
+            child = next((c for c in self._idle if c.mode == mode), None)
+            if child:
+                self._idle.remove(child)
+            else:
+                child = _Child(mode)
+            self._busy.append(child)
         reply = child.ask(task, self._timeout)
         with self._lock:
-            child.busy = False
-            if child.dead:
-                self._children.remove(child)
+            self._busy.remove(child)
+            if child.alive:
+                self._idle.append(child)
         return reply
 
 
 class _Child:
     def __init__(self, mode: str):
         self.mode = mode
-        self.busy = self.dead = False
-        self._stderr = tempfile.TemporaryFile()
-        # A session of its own: Ctrl-C is for the parent, which then kills it.
+        self.alive = True
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        # A session of its own: Ctrl-C is for the parent, which then kills its children.
         self._process = subprocess.Popen(
             [sys.executable, "-P", _aot_worker.__file__, mode],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._stderr,
+            stderr=self._log,
             start_new_session=True,
         )
 
     def kill(self) -> None:
         self._process.kill()
+        self._process.wait()
 
     def ask(self, task: _Task, timeout: float) -> _Task:
         assert self._process.stdin and self._process.stdout
-        heard = self._stderr.seek(0, os.SEEK_END)
-        timer = threading.Timer(timeout, self.kill)
+        heard = os.fstat(self._log.fileno()).st_size
+        late = threading.Event()
+        timer = threading.Timer(timeout, lambda: (late.set(), self._process.kill()))
         timer.start()
         try:
             pickle.dump(task, self._process.stdin)
             self._process.stdin.flush()
             reply = pickle.load(self._process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
-            self.dead = True
-            status = self._process.wait()
-            self._stderr.seek(heard)
-            reply = {
-                "error": _obituary(
-                    status, not timer.is_alive(), timeout, self._stderr.read().decode(errors="replace")
-                )
-            }
+            self.alive = False
+            reply = {"error": f"the compiler died ({self._cause_of_death()})", "died": True}
         finally:
             timer.cancel()
-        if "error" in reply:
-            reply["error"] = _one_line(reply["error"])
+        if late.is_set():
+            reply = {"error": f"the compiler took more than {timeout:.0f} s", "died": True}
+        elif "error" in reply:
+            log = os.pread(self._log.fileno(), 2**24, heard).decode(errors="replace")
+            reply["error"] = _one_line(": ".join([reply["error"], *_LAST_WORDS.findall(log)[-1:]]))
         return reply
 
-
-def _obituary(status: int, late: bool, timeout: float, log: str) -> str:
-    if late:
-        return f"the compiler took more than {timeout:.0f} s"
-    cause = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-    said = re.search(r"^.*(?:Check failed|LLVM ERROR|Assertion|[Ff]atal|F\d{4} ).*$", log, re.MULTILINE)
-    return f"the compiler died ({cause})" + (f": {said[0]}" if said else "")
+    def _cause_of_death(self) -> str:
+        status = self._process.wait()
+        return signal.Signals(-status).name if status < 0 else f"exit status {status}"
 
 
-def _one_line(text: str, limit: int = 400) -> str:
+# What compilers write to standard error before they give up.
+_LAST_WORDS = re.compile(r"Check failed.*|LLVM ERROR.*|Assertion.*|Pipeline failed while executing \[`\w+`")
+
+
+def _one_line(text: str, limit: int = 300) -> str:
+    text = re.sub(r" for %\S+ = .*?}\. ", ". ", text, flags=re.DOTALL)  # XLA quotes a whole instruction
     text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    return text if len(text) <= limit else f"{text[:limit]}..."

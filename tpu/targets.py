@@ -15,8 +15,8 @@ class TPU:
     clock_hz: no vendor publishes it; the published bfloat16 peak divided by `matrix_macs`.
     matrix_macs: bfloat16 multiply-adds per cycle of one core's matrix units.
     int8_rate: how many int8 multiply-adds take the place of one in bfloat16.
-    vector_flops: float32 operations per cycle of one core's vector unit: 4 slots x 1024 lanes. A multiply and the
-      add that follows it take a slot each. Known for v5e; the same number is a yardstick on the others.
+    vector_flops: float32 operations per cycle of one core's vector unit: 4 slots x 1024 lanes. A multiply and
+      the add that follows it take a slot each. Known for v5e, the same number is a yardstick on the others.
     cores: how many cores make the device; a grid's parallel axes are divided among them.
     static_profile: whether the compiler estimates cycles; for v4 its profiler aborts.
     """
@@ -36,8 +36,8 @@ class TPU:
 
 _MIB = 2**20
 _MXU128 = 4 * 128 * 128
-# Two units of 256 x 256 are published for v6e and 7x, but their peak would need 3.5 and 4.4 GHz, and the compiler
-# schedules more than 2 * 256 * 256 multiply-adds a cycle: each unit counts twice.
+# Two units of 256 x 256 are published for v6e and 7x, but their peak would need 3.5 and 4.4 GHz, and the
+# compiler schedules more than 2 * 256 * 256 multiply-adds a cycle: each unit counts twice.
 _MXU256 = 4 * 256 * 256
 
 TPUS = {
