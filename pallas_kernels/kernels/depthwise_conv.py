@@ -1,11 +1,48 @@
 """Depthwise convolution as bodies over slabs, and the arithmetic of indices that they share.
 
 A slab is what one pixel holds: (images, channels). A launcher says where slab (row, column) lies in its Refs, so the
-same body reads (row, column, image, channel) blocks on a TPU, where a slab is a whole vector register and no tap is
-ever unaligned, and (image, row, column, channel) blocks on a GPU.
+same body reads (row, column, image, channel) blocks on a TPU, where a slab is one vector register and no tap is ever
+unaligned, and (image, row, column, channel) blocks on a GPU, where it is one register of every thread.
 """
 
-from typing import NamedTuple
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+
+class Taps(NamedTuple):
+    """What one target reads along an axis: source + j * source_step through tap + j * tap_step, lo <= j < hi."""
+
+    source: Any
+    source_step: int
+    tap: int
+    tap_step: int
+    lo: Any
+    hi: Any
+
+    def inside(self, size: int) -> "Taps":
+        """Without the taps whose source is outside of range(size), which would read zero."""
+        step, source = abs(self.source_step), self.source
+        below, above = (-source, size - source) if self.source_step > 0 else (source - size + 1, source + 1)
+        if isinstance(source, int):
+            return self._replace(lo=max(self.lo, -(-below // step)), hi=min(self.hi, -(-above // step)))
+        ceil = lambda a: lax.div(lax.max(a + (step - 1), 0), jnp.int32(step))  # noqa: E731
+        return self._replace(lo=lax.max(jnp.int32(self.lo), ceil(below)), hi=lax.min(jnp.int32(self.hi), ceil(above)))
+
+    def shifted(self, by: Any) -> "Taps":
+        """The same taps of a source that starts `by` later."""
+        return self._replace(source=self.source - by)
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """The (source, tap) pairs, when they are static."""
+        return [(self.source + j * self.source_step, self.tap + j * self.tap_step) for j in range(self.lo, self.hi)]
 
 
 class Axis(NamedTuple):
@@ -29,6 +66,206 @@ class Axis(NamedTuple):
     @property
     def pairs(self) -> int:
         """How many (output, tap) pairs read a pixel of the input: the multiply-adds of this axis."""
-        starts = (self.stride * o - self.pad_lo for o in range(self.out))
-        reads = (start + self.dilation * k for start in starts for k in range(self.kernel))
-        return sum(0 <= read < self.size for read in reads)
+        return sum(max(0, t.hi - t.lo) for t in map(self.tap_range, range(self.kernel)))
+
+    def part(self, lo: int, hi: int) -> "Axis":
+        """The same outputs, through the taps lo, ..., hi - 1 alone."""
+        before, after = self.dilation * lo, self.dilation * (self.kernel - hi)
+        return self._replace(kernel=hi - lo, pad_lo=self.pad_lo - before, pad_hi=self.pad_hi - after)
+
+    def tap_range(self, k: int) -> Taps:
+        """For tap k the outputs that read a pixel through it: `source` is the input's index, `tap` the output's."""
+        return Taps(self.dilation * k - self.pad_lo, self.stride, 0, 1, 0, self.out).inside(self.size)
+
+
+class Gather(NamedTuple):
+    """An axis seen from the side that is computed: outputs from inputs, or, transposed, inputs from outputs."""
+
+    axis: Axis
+    transposed: bool = False
+
+    @property
+    def targets(self) -> int:
+        return self.axis.size if self.transposed else self.axis.out
+
+    @property
+    def sources(self) -> int:
+        return self.axis.out if self.transposed else self.axis.size
+
+    @property
+    def period(self) -> int:
+        """Targets this far apart read through the same taps."""
+        return self.axis.stride if self.transposed else 1
+
+    @property
+    def advance(self) -> int:
+        """How far the sources move from one period to the next."""
+        return 1 if self.transposed else self.axis.stride
+
+    def taps(self, target: int) -> Taps:
+        """All taps of a target, those outside of the source included."""
+        a = self.axis
+        if not self.transposed:
+            return Taps(a.stride * target - a.pad_lo, a.dilation, 0, 1, 0, a.kernel)
+        common = math.gcd(a.stride, a.dilation)
+        period, position = a.stride // common, target + a.pad_lo
+        first = next((k for k in range(period) if (position - a.dilation * k) % a.stride == 0), a.kernel)
+        count = -(-(a.kernel - first) // period)
+        return Taps((position - a.dilation * first) // a.stride, -a.dilation // common, first, period, 0, count)
+
+    def window(self, targets: int) -> tuple[int, int]:
+        """First source (for target 0) and number of sources that `targets` consecutive targets read."""
+        reads = [t.source + j * t.source_step for t in map(self.taps, range(targets)) if t.hi for j in (0, t.hi - 1)]
+        return (min(reads), max(reads) - min(reads) + 1) if reads else (0, 1)
+
+
+class Slab(NamedTuple):
+    """How the Refs of a launch hold slabs: `at(row, column, group)` is the index of one, for a group of images."""
+
+    shape: tuple[int, int]
+    at: Callable[[Any, Any, Any], tuple[Any, ...]]
+
+
+class Rows(NamedTuple):
+    """Targets of a block that read through the same taps: `count` rows, `period` apart, from `first` on.
+
+    taps: what the first of them reads; each next one reads `advance` sources further on.
+    """
+
+    first: Any
+    count: int
+    taps: Taps
+    period: int = 1
+    advance: int = 0
+
+
+def equal_rows(gather: Gather, first: int, count: int) -> list[Rows]:
+    """Targets first, ..., first + count - 1 as groups that read through the same taps, numbered from 0."""
+    groups: list[Rows] = []
+    for residue in range(gather.period):
+        run: list[Rows] = []
+        for row in range(residue, count, gather.period):
+            taps = gather.taps(first + row).inside(gather.sources)
+            if run and taps.shifted(run[-1].count * gather.advance) == run[-1].taps:
+                run[-1] = run[-1]._replace(count=run[-1].count + 1)
+            else:
+                run.append(Rows(row, 1, taps, gather.period, gather.advance))
+        groups += run
+    return groups
+
+
+def correlate(
+    x_ref: Any, w_ref: Any, b_ref: Any, o_ref: Any, *, slab: Slab, groups: int, rows: Sequence[Rows],
+    cols: Sequence[Taps], tile: int, unroll: int, unrolled_rows: int,
+) -> None:  # fmt: skip
+    """One block of a depthwise convolution, or of its input gradient: o = b + the sum over taps of x * w.
+
+    Args:
+      x_ref, o_ref: source and target slabs; w_ref: [kernel rows, kernel columns, channels]; b_ref: [1, channels].
+      slab: how the Refs of slabs are indexed; groups: of images in the block.
+      rows: the block's rows and what they read; cols: what each of its columns reads.
+      tile: columns that are accumulated together, in registers.
+      unroll: kernel rows in one iteration of the loop over them.
+      unrolled_rows: from this many equal rows on, the loop runs over the rows, and all of their taps are unrolled.
+    """
+    bias = jnp.broadcast_to(b_ref[...].astype(jnp.float32), slab.shape)
+    tiles = [range(start, min(start + tile, len(cols))) for start in range(0, len(cols), tile)]
+    reads = [_by_source([cols[c].pairs() for c in columns]) for columns in tiles]
+
+    def kernel_row(taps: Taps, read: _Reads, group: Any, j: Any, sums: _Sums) -> _Sums:
+        row, k_row = taps.source + j * taps.source_step, taps.tap + j * taps.tap_step
+        load = lambda k: jnp.broadcast_to(w_ref[k_row, pl.ds(k, 1), :].astype(jnp.float32), slab.shape)  # noqa: E731
+        weight = functools.cache(load)
+        totals = list(sums)
+        for column, uses in read:
+            x = x_ref[slab.at(row, column, group)].astype(jnp.float32)
+            for target, k in uses:
+                totals[target] = lax.add(totals[target], lax.mul(x, weight(k)))
+        return tuple(totals)
+
+    def target_row(same: Rows, unroll: int, group: Any, i: Any) -> None:
+        taps = same.taps.shifted(-i * same.advance)
+        for columns, read in zip(tiles, reads, strict=True):
+            step = functools.partial(kernel_row, taps, read, group)
+            sums = _loop(taps.lo, taps.hi, unroll, step, (bias,) * len(columns))
+            for column, total in zip(columns, sums, strict=True):
+                o_ref[slab.at(same.first + i * same.period, column, group)] = total.astype(o_ref.dtype)
+
+    def image_group(group: Any, carry: None) -> None:
+        for same in rows:
+            over_rows = same.count >= unrolled_rows
+            step = functools.partial(target_row, same, max(1, same.taps.hi) if over_rows else unroll, group)
+            _loop(0, same.count, 1 if over_rows else same.count, lambda i, _: step(i), None)  # noqa: B023
+
+    _loop(0, groups, 1, image_group, None)
+
+
+def correlate_gradient(
+    x_ref: Any, g_ref: Any, o_ref: Any, *, slab: Slab, groups: int, rows: Sequence[Taps], cols: Sequence[Taps],
+    tile: int, unroll: int,
+) -> None:  # fmt: skip
+    """One block's share of the weight gradient of a depthwise convolution: o[k] = sum over images and pixels of x * g.
+
+    Args:
+      x_ref, g_ref: slabs of the input and of the output's cotangent; o_ref: [kernel rows, kernel columns, channels].
+      slab, groups: as in `correlate`.
+      rows: for each kernel row of the block, the outputs (`tap`) that read an input (`source`) through it.
+      cols: the same for each kernel column.
+      tile: kernel columns that are accumulated together, in registers.
+      unroll: rows of pixels in one iteration of the loop over them.
+    """
+    tiles = [range(start, min(start + tile, len(cols))) for start in range(0, len(cols), tile)]
+    reads = [_by_source([[(g, x) for x, g in cols[k].pairs()] for k in ks]) for ks in tiles]
+
+    def pixel_row(taps: Taps, read: _Reads, group: Any, j: Any, sums: _Sums) -> _Sums:
+        load = lambda ref, row, column: ref[slab.at(row, column, group)].astype(jnp.float32)  # noqa: E731
+        pixel = functools.cache(functools.partial(load, x_ref, taps.source + j * taps.source_step))
+        totals = list(sums)
+        for column, uses in read:
+            g = load(g_ref, taps.tap + j * taps.tap_step, column)
+            for k, x_column in uses:
+                totals[k] = lax.add(totals[k], lax.mul(pixel(x_column), g))
+        return tuple(totals)
+
+    def image_group(taps: Taps, read: _Reads, group: Any, sums: _Sums) -> _Sums:
+        return _loop(taps.lo, taps.hi, unroll, functools.partial(pixel_row, taps, read, group), sums)
+
+    for k_row, taps in enumerate(rows):
+        for ks, read in zip(tiles, reads, strict=True):
+            zeros = (jnp.zeros(slab.shape, jnp.float32),) * len(ks)
+            sums = _loop(0, groups, 1, functools.partial(image_group, taps, read), zeros)
+            for k, total in zip(ks, sums, strict=True):
+                o_ref[k_row, pl.ds(k, 1), :] = jnp.sum(total, axis=0, keepdims=True)
+
+
+_Sums = tuple[jax.Array, ...]
+# Source column -> the (accumulator, other index) pairs that use it, so that each slab is loaded once.
+_Reads = list[tuple[int, list[tuple[int, int]]]]
+
+
+def _by_source(pairs: list[list[tuple[int, int]]]) -> _Reads:
+    uses: dict[int, list[tuple[int, int]]] = {}
+    for target, reads in enumerate(pairs):
+        for source, other in reads:
+            uses.setdefault(source, []).append((target, other))
+    return sorted(uses.items())
+
+
+def _loop(lo: Any, hi: Any, unroll: int, step: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """carry = step(j, carry) for lo <= j < hi; with static bounds, `unroll` of them to an iteration."""
+    if not (isinstance(lo, int) and isinstance(hi, int)):
+        return lax.fori_loop(lo, hi, step, carry)
+    chunks = max(0, hi - lo) // unroll
+    if chunks > 1:
+
+        def chunk(i: Any, carry: Any) -> Any:
+            for u in range(unroll):
+                carry = step(lo + i * unroll + u, carry)
+            return carry
+
+        # Bounds of 32 bits: under x64 Python's integers would make a 64-bit index, which no TPU has.
+        carry = lax.fori_loop(np.int32(0), np.int32(chunks), chunk, carry)
+        lo += chunks * unroll
+    for j in range(lo, hi):
+        carry = step(j, carry)
+    return carry

@@ -1,0 +1,377 @@
+"""How depthwise convolution runs on a TPU.
+
+Slabs are (8 images, 128 channels), one vector register, so that rows and columns are plain addresses: any tap, stride
+or dilation is an aligned load, taps in the padding are skipped, and odd heights and widths waste nothing. That is the
+layout (height, width, batch, channels), which XLA gives convolutions too, so that it can often leave out the
+transposition. Few images are cut into vertical strips, which fill the 8 places; few channels share the 128 lanes with
+those of other images.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.kernels.depthwise_conv import (
+    Axis,
+    Gather,
+    Rows,
+    Slab,
+    Taps,
+    correlate,
+    correlate_gradient,
+    equal_rows,
+)
+from pallas_kernels.lowering import Work, launch
+
+SLAB = Slab((8, 128), lambda row, column, _: (row, column))
+# What every TPU since v4 has, less what the compiler keeps for itself.
+VMEM_BYTES = 14 << 20
+# Multiply-adds in the code of a program, all unrolled: what compiles within seconds.
+CODE_BUDGET = 16_000
+# Columns, of the image or of the kernel, that are accumulated together: the other registers hold a row of weights.
+TILE = 14
+# Multiply-adds that hide the start and the end of a loop's iteration.
+ITERATION = 350
+# From this many equal rows on, a loop runs over rows.
+_ROW_LOOP = 1 << 30
+# Cycles for the start of a program, and bytes that HBM moves in a cycle; both measured on v5e.
+PROGRAM_CYCLES, BYTES_PER_CYCLE = 250, 545
+
+
+class Blocks(NamedTuple):
+    """Rows of a launch, cut into programs: `size` targets each, which read `window` sources."""
+
+    gather: Gather
+    size: int
+
+    @property
+    def count(self) -> int:
+        return -(-self.gather.targets // self.size)
+
+    @property
+    def window(self) -> int:
+        return min(self.gather.sources, self.gather.window(self.size)[1]) if self.count > 1 else self.gather.sources
+
+    def start(self, block: Any) -> Any:
+        """The first source of a block; traced if `block` is. Kept inside, so that nothing needs padding."""
+        if self.count == 1:
+            return 0
+        start = block * (self.size // self.gather.period * self.gather.advance) + self.gather.window(self.size)[0]
+        if isinstance(block, int):
+            return min(max(start, 0), self.gather.sources - self.window)
+        return jnp.clip(start, 0, self.gather.sources - self.window)
+
+    def targets(self, block: int) -> range:
+        return range(block * self.size, min((block + 1) * self.size, self.gather.targets))
+
+    def kinds(self) -> dict[int, range]:
+        """Blocks that run the same code, by the first of them: those at the edges alone, all others together."""
+        shape = [(len(self.targets(b)), *self.rows(b)) for b in range(self.count)]
+        firsts = [b for b in range(self.count) if b == 0 or shape[b] != shape[b - 1]]
+        return {b: range(b, end) for b, end in zip(firsts, [*firsts[1:], self.count], strict=True)}
+
+    def rows(self, block: int) -> list[Rows]:
+        """The rows of a block, their sources counted from the block's first."""
+        start = self.start(block)
+        rows = equal_rows(self.gather, block * self.size, len(self.targets(block)))
+        return [r._replace(taps=r.taps.shifted(start)) for r in rows]
+
+    def kernel_rows(self, block: int) -> list[Taps]:
+        """For each kernel row the outputs of a block that read through it, counted from the block's first."""
+        axis, targets, start = self.gather.axis, self.targets(block), self.start(block)
+        through = map(axis.tap_range, range(axis.kernel))
+        return [
+            Taps(t.source + targets.start * axis.stride - start, axis.stride, 0, 1,
+                 max(t.lo - targets.start, 0), min(t.hi - targets.start, len(targets)))
+            for t in through
+        ]  # fmt: skip
+
+
+class Strips(NamedTuple):
+    """Columns of a launch, cut into strips that count as images: `size` targets each."""
+
+    gather: Gather
+    size: int
+
+    @property
+    def count(self) -> int:
+        return -(-self.gather.targets // self.size)
+
+    @property
+    def window(self) -> int:
+        return self.gather.window(self.size)[1] if self.count > 1 else self.gather.sources
+
+    @property
+    def starts(self) -> list[int]:
+        """The first source of each strip; out of range where a strip reads padding."""
+        if self.count == 1:
+            return [0]
+        step = self.size // self.gather.period * self.gather.advance
+        return [self.gather.window(self.size)[0] + i * step for i in range(self.count)]
+
+    def of_targets(self) -> "Strips":
+        """The same strips of the targets themselves: no halo."""
+        return Strips(Gather(Axis(self.gather.targets, 1)), self.size)
+
+    @property
+    def columns(self) -> list[Taps]:
+        """What each column of a strip reads. The one strip of an uncut image skips the padding, others read zeros."""
+        taps = [self.gather.taps(t) for t in range(self.size)]
+        if self.count == 1:
+            return [t.inside(self.gather.sources) for t in taps]
+        return [t.shifted(self.starts[0]) for t in taps]
+
+    @property
+    def kernel_columns(self) -> list[Taps]:
+        """For each kernel column the outputs of a strip that read through it."""
+        axis = self.gather.axis
+        if self.count == 1:
+            return [axis.tap_range(k) for k in range(axis.kernel)]
+        first = self.starts[0] + axis.pad_lo
+        return [Taps(axis.dilation * k - first, axis.stride, 0, 1, 0, self.size) for k in range(axis.kernel)]
+
+
+class Plan(NamedTuple):
+    """How a launch cuts its arrays; `fold` images share the lanes."""
+
+    blocks: Blocks
+    strips: Strips
+    fold: int
+
+
+def convolve(
+    x: jax.Array, w: jax.Array, bias: jax.Array | None, rows: Gather, cols: Gather, *,
+    dtype: Any = None, interpret: Any = False,
+) -> jax.Array:  # fmt: skip
+    """A depthwise convolution, or with transposed axes its input gradient.
+
+    Args:
+      x: (N, sources of rows, sources of cols, C); w: (KH, KW, C); bias: (C,) or None.
+      dtype: of the result; x's by default.
+      interpret: see `launch`.
+
+    Returns:
+      (N, targets of rows, targets of cols, C).
+    """
+    n, _, _, c = x.shape
+    dtype = dtype or x.dtype
+    plan = _plan(n, c, x.dtype.itemsize, rows, cols, gradient=False)
+    if plan is None:
+        parts = [
+            convolve(x, w[taps], b, part, cols, dtype=jnp.float32, interpret=interpret)
+            for b, (taps, part) in zip((bias, None), _halves(rows), strict=True)
+        ]
+        return sum(parts).astype(dtype)
+    blocks, strips, fold = plan
+    columns = strips.columns
+    slabs = _to_slabs(x, strips, fold)
+    *_, images, lanes = slabs.shape
+    weights = [_to_lanes(a, fold, lanes) for a in (w, jnp.zeros((1, c)) if bias is None else bias[None])]
+
+    def block_of_kind(refs: Any, block: int) -> None:
+        kind = blocks.rows(block)
+        tile = _even(len(columns), TILE)
+        correlate(
+            *refs, slab=SLAB, groups=1, rows=kind, cols=columns, tile=tile,
+            unroll=-(-ITERATION // (tile * cols.axis.kernel)), unrolled_rows=_ROW_LOOP,
+        )  # fmt: skip
+
+    out = launch(
+        lambda *refs: _each_kind(blocks, functools.partial(block_of_kind, refs)),
+        slabs, *weights,
+        platform="tpu", interpret=interpret, name="depthwise_conv" + "_input_gradient" * rows.transposed,
+        grid=(images // 8, lanes // 128, blocks.count),
+        in_specs=[_window_spec(blocks, strips.window), *(_whole_spec(a) for a in weights)],
+        out_specs=pl.BlockSpec((blocks.size, strips.size, *SLAB.shape), lambda s, c, b: (b, 0, s, c)),
+        out_shape=jax.ShapeDtypeStruct((rows.targets, strips.size, images, lanes), dtype),
+        work=_work(n, c, plan, x.nbytes + n * rows.targets * cols.targets * c * dtype.itemsize + w.nbytes),
+    )  # fmt: skip
+    return _from_slabs(out, n, c, cols.targets, strips, fold)
+
+
+def weight_gradient(x: jax.Array, g: jax.Array, rows: Axis, cols: Axis, *, interpret: Any = False) -> jax.Array:
+    """The gradient of a depthwise convolution with respect to its weight, summed over images and pixels.
+
+    Args:
+      x: (N, H, W, C), the input; g: (N, OH, OW, C), the cotangent of the output.
+      interpret: see `launch`.
+
+    Returns:
+      (KH, KW, C), float32.
+    """
+    n, _, _, c = x.shape
+    plan = _plan(n, c, x.dtype.itemsize, Gather(rows), Gather(cols), gradient=True)
+    if plan is None:
+        halves = _halves(Gather(rows))
+        return jnp.concatenate([weight_gradient(x, g, part.axis, cols, interpret=interpret) for _, part in halves])
+    blocks, strips, fold = plan
+    columns = strips.kernel_columns
+    slabs, cotangents = _to_slabs(x, strips, fold), _to_slabs(g, strips.of_targets(), fold)
+    *_, images, lanes = slabs.shape
+
+    def block_of_kind(refs: Any, block: int) -> None:
+        tile = _even(len(columns), TILE)
+        correlate_gradient(
+            *refs, slab=SLAB, groups=1, rows=blocks.kernel_rows(block), cols=columns, tile=tile,
+            unroll=-(-ITERATION // (tile * strips.size)),
+        )  # fmt: skip
+
+    partial_sums = launch(
+        lambda *refs: _each_kind(blocks, functools.partial(block_of_kind, refs)),
+        slabs, cotangents,
+        platform="tpu", interpret=interpret, name="depthwise_conv_weight_gradient",
+        grid=(images // 8, lanes // 128, blocks.count),
+        in_specs=[
+            _window_spec(blocks, strips.window),
+            pl.BlockSpec((blocks.size, strips.size, *SLAB.shape), lambda s, c, b: (b, 0, s, c)),
+        ],
+        out_specs=pl.BlockSpec(
+            (None, rows.kernel, cols.kernel, SLAB.shape[1]), lambda s, c, b: (s * blocks.count + b, 0, 0, c)
+        ),
+        out_shape=jax.ShapeDtypeStruct((images // 8 * blocks.count, rows.kernel, cols.kernel, lanes), jnp.float32),
+        work=_work(n, c, plan, x.nbytes + g.nbytes + rows.kernel * cols.kernel * c * 4),
+    )  # fmt: skip
+    total = partial_sums.sum(0)[..., : fold * c]
+    return total.reshape(rows.kernel, cols.kernel, fold, c).sum(2)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(n: int, c: int, itemsize: int, rows: Gather, cols: Gather, *, gradient: bool) -> Plan | None:
+    """The plan of the fewest estimated cycles whose blocks fit in VMEM; None if no plan does."""
+    plans = [
+        Plan(blocks, strips, fold)
+        for strips in _strip_choices(cols)
+        for blocks in _block_choices(rows)
+        if _vmem_bytes(blocks, strips, itemsize, gradient) <= VMEM_BYTES
+        and _code(blocks, strips, gradient) <= CODE_BUDGET
+        for fold in {1, *(f for f in (2, 4, 8, 16, 32) if f <= n and f * c <= 1024)}
+    ]
+    return min(plans, key=lambda plan: _cycles(n, c, itemsize, plan), default=None)
+
+
+def _strip_choices(cols: Gather) -> Iterator[Strips]:
+    periods = -(-cols.targets // cols.period)
+    sizes = {-(-periods // count) * cols.period for count in range(1, min(periods, 64) + 1)}
+    yield from (Strips(cols, min(size, cols.targets)) for size in sorted(sizes, reverse=True))
+
+
+def _block_choices(rows: Gather) -> Iterator[Blocks]:
+    yield Blocks(rows, rows.targets)
+    sizes = (size * rows.period for size in (32, 28, 24, 16, 14, 12, 8, 7, 4, 2, 1))
+    yield from (Blocks(rows, size) for size in sizes if size < rows.targets)
+
+
+def _vmem_bytes(blocks: Blocks, strips: Strips, itemsize: int, gradient: bool) -> int:
+    """Two buffers of every block."""
+    kernel = blocks.gather.axis.kernel * -(-strips.gather.axis.kernel // 8) * 8 * 128 * 4
+    slabs = blocks.window * strips.window + blocks.size * strips.size
+    return 2 * (slabs * math.prod(SLAB.shape) * itemsize + kernel)
+
+
+def _code(blocks: Blocks, strips: Strips, gradient: bool) -> int:
+    """Multiply-adds in the code of a program."""
+    width = sum(t.hi - t.lo for t in (strips.kernel_columns if gradient else strips.columns))
+    if gradient:
+        unroll = -(-ITERATION // (_even(strips.gather.axis.kernel, TILE) * strips.size))
+        lengths = [t.hi - t.lo for b in blocks.kinds() for t in blocks.kernel_rows(b)]
+    else:
+        unroll = -(-ITERATION // (_even(strips.size, TILE) * strips.gather.axis.kernel))
+        lengths = [
+            r.taps.hi - r.taps.lo
+            for b in blocks.kinds()
+            for r in blocks.rows(b)
+            for _ in range(1 if r.count >= _ROW_LOOP else r.count)
+        ]
+    return width * sum(n if n < 2 * unroll else unroll + n % unroll for n in lengths)
+
+
+def _cycles(n: int, c: int, itemsize: int, plan: Plan) -> float:
+    blocks, strips, fold = plan
+    programs = -(-(-(-n * strips.count // fold)) // 8) * -(-fold * c // 128)
+    arithmetic = programs * (_pairs(plan) / 2 / 0.9 + PROGRAM_CYCLES * blocks.count)
+    read = programs * math.prod(SLAB.shape) * itemsize * blocks.gather.sources * strips.window / BYTES_PER_CYCLE
+    copied = 0 if strips.count == fold == 1 and n % 8 == c % 128 == 0 else 2 * read
+    return max(arithmetic, 2 * read) + copied
+
+
+def _pairs(plan: Plan) -> int:
+    """Multiply-adds of a program over all of its blocks."""
+    return plan.blocks.gather.axis.pairs * sum(t.hi - t.lo for t in plan.strips.columns)
+
+
+def _work(n: int, c: int, plan: Plan, nbytes: int) -> Work:
+    blocks, strips, fold = plan
+    slabs = -(-(-(-n * strips.count // fold)) // 8) * -(-fold * c // 128)
+    return Work(
+        flops=2 * n * c * blocks.gather.axis.pairs * strips.gather.axis.pairs,
+        bytes=nbytes,
+        padded_flops=2 * slabs * math.prod(SLAB.shape) * _pairs(plan),
+    )
+
+
+def _to_slabs(x: jax.Array, strips: Strips, fold: int) -> jax.Array:
+    """(N, H, W, C) -> (H, columns of a strip, strips and images, lanes), the last two filled up to whole slabs."""
+    n, h, size, c = x.shape
+    if strips.count > 1:
+        starts, width = strips.starts, strips.window
+        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0)] * 2 + [(-starts[0], starts[-1] + width - size, 0), (0, 0, 0)])
+        x = jnp.concatenate([x[:, :, s - starts[0] : s - starts[0] + width] for s in starts])
+    x = jnp.pad(x, ((0, -x.shape[0] % (8 * fold)), (0, 0), (0, 0), (0, 0)))
+    x = x.transpose(1, 2, 0, 3).reshape(h, x.shape[2], -1, fold * c)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -x.shape[-1] % 128)))
+
+
+def _from_slabs(o: jax.Array, n: int, c: int, width: int, strips: Strips, fold: int) -> jax.Array:
+    h, size, *_ = o.shape
+    o = o[..., : fold * c].reshape(h, size, -1, c)[:, :, : n * strips.count]
+    o = o.reshape(h, size, strips.count, n, c).transpose(3, 0, 2, 1, 4)
+    return o.reshape(n, h, -1, c)[:, :, :width]
+
+
+def _to_lanes(a: jax.Array, fold: int, lanes: int) -> jax.Array:
+    """Channels repeated for every image that shares the lanes, in float32."""
+    tiled = jnp.tile(a.astype(jnp.float32), (1,) * (a.ndim - 1) + (fold,))
+    return jnp.pad(tiled, ((0, 0),) * (a.ndim - 1) + ((0, lanes - tiled.shape[-1]),))
+
+
+def _whole_spec(a: jax.Array) -> pl.BlockSpec:
+    return pl.BlockSpec((*a.shape[:-1], SLAB.shape[1]), lambda s, c, b: (0,) * (a.ndim - 1) + (c,))
+
+
+def _window_spec(blocks: Blocks, width: int) -> pl.BlockSpec:
+    """Overlapping windows of rows; Pallas wants all dimensions in elements then."""
+    images, lanes = SLAB.shape
+    if blocks.count == 1:
+        return pl.BlockSpec((blocks.window, width, images, lanes), lambda s, c, b: (0, 0, s, c))
+    return pl.BlockSpec(
+        tuple(map(pl.Element, (blocks.window, width, images, lanes))),
+        lambda s, c, b: (blocks.start(b), 0, s * images, c * lanes),
+    )
+
+
+def _each_kind(blocks: Blocks, run: Any) -> None:
+    """Run the code of the kind of block that this program is."""
+    block = pl.program_id(2)
+    for first, same in blocks.kinds().items():
+        mine = (block >= same.start) & (block < same.stop)
+        pl.when(True if len(same) == blocks.count else mine)(functools.partial(run, first))
+
+
+def _halves(rows: Gather) -> list[tuple[slice, Gather]]:
+    """The upper and the lower half of the kernel: what does not fit at once runs one after the other."""
+    axis, middle = rows.axis, rows.axis.kernel // 2
+    return [
+        (slice(lo, hi), rows._replace(axis=axis.part(lo, hi)))
+        for lo, hi in ((0, middle), (middle, axis.kernel))
+    ]
+
+
+def _even(count: int, most: int) -> int:
+    """The size of the fewest equal parts of at most `most`."""
+    return -(-count // -(-count // most))
