@@ -101,9 +101,9 @@ class Job(NamedTuple):
 def compile(fn: Callable[..., Any], *args: Any, target: str, timeout: float = 600.0) -> Report:
     """Compile `fn` for `target`, without the device.
 
-    The program goes through the vendor's compiler in a child process, since a kernel that it can't handle may
-    take the process down. For a TPU, each Pallas kernel is also compiled bare: the compiler estimates the cycles
-    of kernels, but not those of the copies that XLA puts around them.
+    The program goes through the vendor's compiler in a child process, because a bad kernel may take it down. For
+    a TPU, each Pallas kernel is also compiled bare: the compiler estimates the cycles of kernels, but not those
+    of the copies that XLA puts around them.
 
     Args:
       fn: a function that `jax.jit` takes.

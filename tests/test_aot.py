@@ -1,0 +1,270 @@
+"""Device-free compilation: what a report says of good kernels, and of each way in which one can be bad."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import aot, lowering
+
+pytest.importorskip("libtpu")
+pytest.importorskip("triton")
+pytest.importorskip("flatbuffers")
+
+X = jax.ShapeDtypeStruct((256, 128), jnp.float32)
+
+
+def rowwise(
+    body: Callable[..., None], *operands: Any, platform: Any, rows: int = 64, flops: int = 1, **kwargs: Any
+) -> Any:
+    """Blocks of rows of the operands in, a block of rows of the shape of the first one out."""
+    x = operands[0]
+    specs = [pl.BlockSpec((rows, a.shape[1]), lambda i: (i, 0)) for a in operands]
+    return lowering.launch(
+        body,
+        *operands,
+        platform=platform,
+        name="rowwise",
+        grid=(x.shape[0] // rows,),
+        in_specs=specs,
+        out_specs=specs[0],
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        work=lowering.Work(flops, 2 * x.nbytes, 2 * flops),
+        **kwargs,
+    )
+
+
+def power(x: jax.Array, *, trips: tuple[int, ...], platform: str, **kwargs: Any) -> jax.Array:
+    """Multiply `x` by itself in nested loops."""
+
+    def body(x_ref: Any, o_ref: Any) -> None:
+        def loops(trips: tuple[int, ...], value: jax.Array) -> jax.Array:
+            if not trips:
+                return value * x_ref[...]
+            return lax.fori_loop(0, trips[0], lambda _, v: loops(trips[1:], v), value)
+
+        o_ref[...] = loops(trips, x_ref[...])
+
+    return rowwise(body, x, platform=platform, **kwargs)
+
+
+def power_everywhere(x: jax.Array) -> jax.Array:
+    kernels = {p: partial(power, trips=(16,), platform=p) for p in ("tpu", "cuda")}
+    return lax.platform_dependent(x, **kernels, default=lambda x: x**17)
+
+
+def padded_power(x: jax.Array) -> jax.Array:
+    padded = jnp.pad(x, [(0, -size % 128) for size in x.shape])
+    return power_everywhere(padded)[: x.shape[0], : x.shape[1]]
+
+
+def dynamic_power(x: jax.Array, n: jax.Array) -> jax.Array:
+    def body(x_ref: Any, n_ref: Any, o_ref: Any) -> None:
+        trips = n_ref[0, 0].astype(jnp.int32)
+        o_ref[...] = lax.fori_loop(0, trips, lambda _, v: v * x_ref[...], x_ref[...])
+
+    return rowwise(body, x, n, platform="tpu")
+
+
+def increment(x: jax.Array, *, platform: str, **kwargs: Any) -> jax.Array:
+    def body(x_ref: Any, o_ref: Any) -> None:
+        o_ref[...] = x_ref[...] + 1
+
+    return rowwise(body, x, platform=platform, **kwargs)
+
+
+def matmul(x: jax.Array, y: jax.Array, *, platform: Any, out: Any = jnp.float32) -> jax.Array:
+    n = x.shape[0]
+
+    def body(x_ref: Any, y_ref: Any, o_ref: Any) -> None:
+        o_ref[...] = lax.dot(x_ref[...], y_ref[...], preferred_element_type=out)
+
+    spec = pl.BlockSpec((n, n), lambda i: (0, 0))
+    return lowering.launch(
+        body,
+        x,
+        y,
+        platform=platform,
+        name="matmul",
+        grid=(1,),
+        in_specs=[spec, spec],
+        out_specs=spec,
+        out_shape=jax.ShapeDtypeStruct((n, n), out),
+        work=lowering.Work(2 * n**3, x.nbytes + y.nbytes, 3 * n**3),
+    )
+
+
+def square(n: int, dtype: Any) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    return (jax.ShapeDtypeStruct((n, n), dtype),) * 2
+
+
+ALL_TARGETS = ("v4", "v5e", "v5p", "v6e", "7x", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
+JOBS = [
+    *(aot.Job(power_everywhere, (X,), target, f"fine {target}") for target in ALL_TARGETS),
+    aot.Job(jax.vmap(power_everywhere), (jax.ShapeDtypeStruct((3, *X.shape), X.dtype),), "v5e", "vmap"),
+    aot.Job(padded_power, (jax.ShapeDtypeStruct((100, 100), jnp.float32),), "v5e", "padded by XLA"),
+    aot.Job(partial(matmul, platform="tpu"), square(512, jnp.bfloat16), "v5e", "bf16 matmul"),
+    aot.Job(partial(matmul, platform="tpu", out=jnp.int32), square(512, jnp.int8), "v5e", "int8 matmul"),
+    aot.Job(partial(power, trips=(10, 100), platform="tpu"), (X,), "v5e", "nested loops"),
+    aot.Job(dynamic_power, (X, X), "v5e", "dynamic loop"),
+    aot.Job(partial(increment, platform="tpu", flops=10**9), (X,), "v5e", "above the peak"),
+    aot.Job(
+        partial(increment, platform="tpu", rows=4096),
+        (jax.ShapeDtypeStruct((4096, 1024), jnp.float32),),
+        "v5e",
+        "VMEM overflow",
+    ),
+    aot.Job(partial(matmul, platform="cuda"), square(128, jnp.float32), "sm_86", "shared memory overflow"),
+    aot.Job(partial(power, trips=(16,), platform="cuda", num_warps=1), (X,), "sm_90", "spill"),
+    aot.Job(partial(matmul, platform="cuda", out=jnp.int32), square(64, jnp.int4), "sm_80", "int4 dot"),
+    aot.Job(lambda x: x[None] @ {"not": "an array"}, (X,), "v5e", "doesn't trace"),
+    aot.Job(jnp.sin, (X,), "v5e", "no kernel"),
+]
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, aot.Report]:
+    return {report.name: report for report in aot.compile_many(JOBS)}
+
+
+def test_reports_come_in_the_order_of_the_jobs(reports: dict[str, aot.Report]) -> None:
+    assert [(r.name, r.target) for r in reports.values()] == [(j.name, j.target) for j in JOBS]
+
+
+@pytest.mark.parametrize("target", ALL_TARGETS)
+def test_one_kernel_for_the_target(reports: dict[str, aot.Report], target: str) -> None:
+    report = reports[f"fine {target}"]
+    assert report.compiled and report.error is None
+    (kernel,) = report.kernels
+    assert kernel.code_bytes and kernel.memory_limit and kernel.error is None
+    if target.startswith("sm_"):
+        assert kernel.registers and kernel.registers <= 255 and kernel.spill_bytes == 0
+    elif target == "v4":
+        assert kernel.cycles is None and kernel.bundles and "not estimated" in str(kernel.no_cycles)
+    else:
+        assert kernel.cycles and kernel.bound_cycles and kernel.memory_bytes and kernel.no_cycles is None
+
+
+def test_vmap_multiplies_the_work(reports: dict[str, aot.Report]) -> None:
+    (one,), (three,) = reports["fine v5e"].kernels, reports["vmap"].kernels
+    assert one.work and three.work == lowering.Work(*(3 * n for n in one.work))
+
+
+def test_xla_around_the_kernel_does_not_stop_the_profile(reports: dict[str, aot.Report]) -> None:
+    report = reports["padded by XLA"]
+    assert report.compiled and report.kernels[0].cycles
+
+
+@pytest.mark.parametrize(
+    ("job", "macs_per_cycle"), [("bf16 matmul", 4 * 128**2), ("int8 matmul", 8 * 128**2)]
+)
+def test_shares(reports: dict[str, aot.Report], job: str, macs_per_cycle: int) -> None:
+    (kernel,) = reports[job].kernels
+    assert kernel.cycles and kernel.bound_cycles and kernel.share
+    assert kernel.bound_cycles == 512**3 / macs_per_cycle
+    assert kernel.share == kernel.bound_cycles / kernel.cycles
+    assert kernel.padded_share == pytest.approx(1.5 * kernel.share)
+
+
+@pytest.mark.parametrize(
+    ("job", "reason"),
+    [("nested loops", "loops nest"), ("dynamic loop", "dynamic"), ("above the peak", "refused")],
+)
+def test_refused_estimates(reports: dict[str, aot.Report], job: str, reason: str) -> None:
+    report = reports[job]
+    (kernel,) = report.kernels
+    assert report.compiled and kernel.cycles is None and kernel.share is None
+    assert kernel.no_cycles and reason in kernel.no_cycles
+
+
+@pytest.mark.parametrize(
+    ("job", "reason"),
+    [
+        ("VMEM overflow", "exceeded scoped vmem limit"),
+        ("shared memory overflow", "needs 131072 bytes of shared memory, sm_86 has 101376"),
+        ("int4 dot", "TritonGPUAccelerateMatmul"),
+        ("doesn't trace", "TypeError"),
+    ],
+)
+def test_what_does_not_compile_says_why_in_one_line(
+    reports: dict[str, aot.Report], job: str, reason: str
+) -> None:
+    report = reports[job]
+    assert not report.compiled
+    assert report.error and reason in report.error and "\n" not in report.error
+
+
+def test_spills_are_seen(reports: dict[str, aot.Report]) -> None:
+    (kernel,) = reports["spill"].kernels
+    assert kernel.spill_bytes and kernel.spill_bytes > 0 and kernel.registers == 255
+
+
+def test_a_function_without_kernels(reports: dict[str, aot.Report]) -> None:
+    assert reports["no kernel"].compiled and reports["no kernel"].kernels == ()
+
+
+STUB = """
+import os, pickle, signal, sys, time
+while True:
+    task = pickle.load(sys.stdin.buffer)
+    if sys.argv[1] == "tpu-profile":
+        print("F0000 foo.cc:1] Check failed: x > 0", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGABRT)
+    if sys.argv[1] == "triton":
+        time.sleep(60)
+    pickle.dump({"bundles": 7} if sys.argv[1] == "tpu-bundles" else {}, sys.stdout.buffer)
+    sys.stdout.buffer.flush()
+"""
+
+
+def test_crash_and_timeout(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    (tmp_path / "worker.py").write_text(STUB)
+    monkeypatch.setattr(aot._aot_worker, "__file__", str(tmp_path / "worker.py"))
+    jobs = [aot.Job(power_everywhere, (X,), target) for target in ("v5e", "sm_80", "v5e")]
+    crashed, late, again = aot.compile_many(jobs, workers=2, timeout=2)
+    assert crashed == again
+    assert crashed.compiled and crashed.kernels[0].bundles == 7
+    assert crashed.kernels[0].no_cycles == (
+        "cycles not estimated: the compiler died (SIGABRT): Check failed: x > 0"
+    )
+    assert not late.compiled and late.error == "the compiler took more than 2 s"
+
+
+def test_leaving_early_ends_the_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+    popen = aot.subprocess.Popen
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        process = popen(*args, **kwargs)
+        started.append(process.pid)
+        return process
+
+    monkeypatch.setattr(aot.subprocess, "Popen", recorded)
+    reports = aot.compile_many([aot.Job(power_everywhere, (X,), "v5e")] * 6, workers=1)
+    next(reports)
+    reports.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert started
+    for pid in started:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_unknown_target() -> None:
+    with pytest.raises(ValueError, match="unknown target 'v5', expected one of v4, v5e"):
+        aot.compile(power_everywhere, X, target="v5")
+
+
+@pytest.mark.parametrize(("target", "module"), [("v5e", "libtpu"), ("sm_80", "triton")])
+def test_missing_compiler(monkeypatch: pytest.MonkeyPatch, target: str, module: str) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ModuleNotFoundError, match=rf'{target} needs {module}: pip install "pallas-kernels\[aot\]"'
+    ):
+        aot.compile(power_everywhere, X, target=target)
