@@ -55,7 +55,8 @@ class UniRepLKNet(nnx.Module):
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from pallas_kernels.models.unireplknet import UniRepLKNet, merge
-      >>> model = UniRepLKNet((1, 1), (8, 16), (3, 13), num_classes=10, rngs=nnx.Rngs(0)).eval()
+      >>> model = UniRepLKNet((1, 1), (8, 16), (3, 13), num_classes=10, rngs=nnx.Rngs(0))
+      >>> model.eval()
       >>> merge(model)(jnp.ones((2, 32, 32, 3))).shape
       (2, 10)
 

@@ -150,7 +150,7 @@ class DilatedReparamConv(nnx.Module):
       >>> from flax import nnx
       >>> from pallas_kernels.nn import DilatedReparamConv
       >>> conv = DilatedReparamConv(8, 13, rngs=nnx.Rngs(0))
-      >>> _ = conv.eval()
+      >>> conv.eval()
       >>> x = jnp.ones((1, 14, 14, 8))
       >>> bool(jnp.allclose(conv(x), conv.merge()(x), atol=1e-5))
       True
