@@ -1,0 +1,331 @@
+"""The command line: `pallas-kernels info | check | compile | bench | demo`."""
+
+import dataclasses
+import difflib
+import importlib
+import importlib.metadata
+import inspect
+import json
+import os
+import pkgutil
+import platform
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from absl import flags
+
+from pallas_kernels import aot, demos
+from pallas_kernels.operators import Case, Operator, operators
+from pallas_kernels.progress import Progress
+
+
+class UsageError(Exception):
+    """A mistake in the command line; the message says all."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+      argv: what follows the program's name; by default, this process's arguments.
+
+    Returns:
+      The exit status. 0: all is well. 1: something that was looked at is not. 2: the command line is wrong,
+      or a package is missing. 130: interrupted.
+
+    >>> main(["compil"])
+    2
+    """
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except (UsageError, flags.Error) as e:
+        status, message = 2, str(e)
+    except ImportError as e:
+        if "pip install" not in str(e):
+            raise
+        status, message = 2, str(e)
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted"
+    except BrokenPipeError:
+        # `| head` has seen enough. Python flushes once more as it exits: to nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    print(f"pallas-kernels: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        print(_help())
+        return 0
+    name, *rest = argv
+    command = COMMANDS[_known("command", name, COMMANDS)]
+    # Flags of its own, so that those of a host program stay as they are.
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    flags.DEFINE_bool("help", False, "this text", short_name="h", flag_values=values)
+    for define, flag, default, text in command.flags:
+        define(flag, default, text, flag_values=values)
+    _, *arguments = values([name, *rest])
+    if values.help:
+        print(_help_of(name))
+        return 0
+    return command.run(values, arguments)
+
+
+def _known(kind: str, name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, known, n=2)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+    raise UsageError(f"unknown {kind} {name!r}: {hint}")
+
+
+def _operators(names: Sequence[str]) -> list[Operator]:
+    every = operators()
+    return [every[_known("operator", name, every)] for name in names or every]
+
+
+def _info(_: flags.FlagValues, arguments: list[str]) -> int:
+    """Show versions, devices, and which implementation each operator takes here, and why.
+
+    Example:
+      pallas-kernels info
+    """
+    if arguments:
+        raise UsageError(f"info takes no arguments, got {' '.join(arguments)}")
+    print(f"Python {platform.python_version()} on {platform.platform()}")
+    for package in ("pallas-kernels", "jax", "jaxlib", "flax", "numpy", "libtpu", "triton", "jax-triton"):
+        try:
+            print(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"{package} not installed")
+    print(
+        "devices: " + ", ".join(f"{d.device_kind} ({d.platform}:{d.id})" for d in jax.devices()), end="\n\n"
+    )
+    _print_table([("operator", "takes", "because"), *((o.name, *_implementation(o)) for o in _operators([]))])
+    return 0
+
+
+def _implementation(operator: Operator) -> tuple[str, str]:
+    """What an operator does here if nobody chooses, asked of the operator itself."""
+    case = operator.compile_cases(False)[0]
+    try:
+        jax.jit(partial(operator.function, **case.options, implementation="pallas")).lower(*case.arguments)
+    except NotImplementedError as e:
+        return "xla", str(e).removeprefix(f"{operator.name}: ")
+    return "pallas", f"this machine has a {jax.devices()[0].device_kind}"
+
+
+def _check(_: flags.FlagValues, names: list[str]) -> int:
+    """Compare operators and their gradients with the float64 reference, on this machine.
+
+    Every implementation that runs here is compared. Errors are shown as shares of what the dtype explains:
+    one above 1 fails, and the exit status is 1.
+
+    Example:
+      pallas-kernels check
+      pallas-kernels check depthwise_conv
+    """
+    chosen = _operators(names)
+    from pallas_kernels import testing
+
+    results = [(o.name, result) for o in chosen for result in testing.check_operator(o)]
+    _print_table([_CHECK_HEADER, *(_check_row(name, result) for name, result in results)])
+    bad = sum(not result.ok for _, result in results)
+    print(f"{len(results) - bad} of {len(results)} are right", file=sys.stderr)
+    return 1 if bad else 0
+
+
+_CHECK_HEADER = ("operator", "case", "implementation", "forward", "gradient", "")
+
+
+def _check_row(operator: str, result: Any) -> tuple[str, ...]:
+    errors = (f"{result.forward:.2f}", "-" if result.gradient is None else f"{result.gradient:.2f}")
+    verdict = "" if result.ok else f"FAILED: {result.message}"
+    return (operator, result.case, result.implementation, *errors, verdict)
+
+
+def _compile(values: flags.FlagValues, names: list[str]) -> int:
+    """Compile operators, forward and all gradients, for accelerators that this machine doesn't have.
+
+    The exit status is 1 if one doesn't compile, doesn't fit, or spills registers. For TPUs, the table has
+    the cycles that their compiler estimates, and the share of the roofline that those are: counting the true
+    work, and counting the padded work.
+
+    Example:
+      pallas-kernels compile
+      pallas-kernels compile depthwise_conv --target v5e,sm_90
+      pallas-kernels compile --target all --full --json > report.json
+    """
+    targets = [_known("target", t, [*aot.TARGETS, "all"]) for t in values.target]
+    targets = list(aot.TARGETS) if "all" in targets else targets
+    for target in targets:
+        aot.target_named(target)
+    jobs = list(_compile_jobs(_operators(names), targets, values.full))
+    reports = []
+    with Progress(len(jobs), "compile") as progress:
+        for report in aot.compile_many(jobs, workers=values.workers):
+            reports.append(report)
+            progress.advance(f"{report.name} {report.target}")
+    if values.json:
+        print(json.dumps([dataclasses.asdict(r) for r in reports], indent=1))
+    else:
+        _print_table([_COMPILE_HEADER, *(row for report in reports for row in _compile_rows(report))])
+    bad = sum(not r.compiled or any(k.spill_bytes for k in r.kernels) for r in reports)
+    print(f"{len(reports) - bad} of {len(reports)} compile without a spill", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def _compile_jobs(chosen: Iterable[Operator], targets: Sequence[str], full: bool) -> Iterator[aot.Job]:
+    for operator in chosen:
+        for case in operator.compile_cases(full):
+            for name, fn, arguments in _passes(operator, case):
+                for target in targets:
+                    yield aot.Job(fn, arguments, target, f"{operator.name} {case.name} {name}")
+
+
+def _passes(operator: Operator, case: Case) -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
+    forward = partial(operator.function, **case.options)
+    yield "forward", forward, case.arguments
+
+    def gradients(cotangent: Any, *arguments: Any) -> Any:
+        def of_differentiable(*some: Any) -> Any:
+            changed = dict(zip(case.differentiable, some, strict=True))
+            return forward(*(changed.get(i, a) for i, a in enumerate(arguments)))
+
+        return jax.vjp(of_differentiable, *(arguments[i] for i in case.differentiable))[1](cotangent)
+
+    if case.differentiable:
+        yield "gradients", gradients, (jax.eval_shape(forward, *case.arguments), *case.arguments)
+
+
+_COMPILE_HEADER = ("call", "target", "kernel", "cycles", "true", "padded", "memory", "registers", "spill", "")
+
+
+def _compile_rows(report: aot.Report) -> Iterator[tuple[str, ...]]:
+    def percent(share: float | None) -> str:
+        return "-" if share is None else f"{share:.0%}"
+
+    for k in report.kernels:
+        cells = (
+            k.cycles,
+            percent(k.share),
+            percent(k.padded_share),
+            k.memory_bytes,
+            k.registers,
+            k.spill_bytes,
+        )
+        note = f"FAILED: {k.error}" if k.error else k.no_cycles or ""
+        yield (report.name, report.target, k.name, *("-" if c is None else str(c) for c in cells), note)
+    if report.error and not any(k.error for k in report.kernels):
+        yield (report.name, report.target, *"-------", f"FAILED: {report.error}")
+    elif not report.kernels:
+        yield (report.name, report.target, *"-------", "no Pallas kernel: XLA compiles it")
+
+
+def _bench(values: flags.FlagValues, names: list[str]) -> int:
+    """Time operators on this machine's device against XLA and other people's implementations.
+
+    Example:
+      pallas-kernels bench
+      pallas-kernels bench depthwise_conv --only 56x56 --out times.csv
+    """
+    from pallas_kernels import bench
+
+    return bench.run([o.name for o in _operators(names)], out=values.out, only=values.only)
+
+
+def _demo(values: flags.FlagValues, names: list[str]) -> int:
+    """Run a demonstration, minutes on a CPU.
+
+    Example:
+      pallas-kernels demo vision
+      pallas-kernels demo vision --out picture.png
+    """
+    if len(names) != 1:
+        raise UsageError(f"demo takes one name: {', '.join(_demos())}")
+    run = importlib.import_module(f"pallas_kernels.demos.{_known('demo', names[0], _demos())}").run
+    print(run(out=values.out) if values.out else run())
+    return 0
+
+
+def _demos() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(demos.__path__)]
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    """Columns side by side; the last one may be long."""
+    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
+    for *cells, last in rows:
+        print("  ".join([*map(str.ljust, cells, widths), last]).rstrip())
+
+
+class Command(NamedTuple):
+    """`run` takes the flags and the other arguments; its docstring is the command's help.
+
+    flags: the function that defines it, name, default, help.
+    """
+
+    run: Callable[[flags.FlagValues, list[str]], int]
+    arguments: str = ""
+    flags: tuple[tuple[Callable[..., Any], str, Any, str], ...] = ()
+
+
+COMMANDS = {
+    "info": Command(_info),
+    "check": Command(_check, "[OPERATOR...]"),
+    "compile": Command(
+        _compile,
+        "[OPERATOR...]",
+        (
+            (flags.DEFINE_list, "target", ["v5e", "v6e", "sm_80", "sm_90"], "what to compile for, or `all`"),
+            (
+                flags.DEFINE_bool,
+                "full",
+                False,
+                "all shapes of real models, not one for each path through the code",
+            ),
+            (flags.DEFINE_bool, "json", False, "print all that is known of every kernel, as JSON"),
+            (flags.DEFINE_integer, "workers", None, "compilers at work at once; by default one for each CPU"),
+        ),
+    ),
+    "bench": Command(
+        _bench,
+        "[OPERATOR...]",
+        (
+            (flags.DEFINE_string, "out", None, "the CSV to write"),
+            (flags.DEFINE_string, "only", None, "time the cases with this in their name"),
+        ),
+    ),
+    "demo": Command(_demo, "NAME", ((flags.DEFINE_string, "out", None, "the file to write"),)),
+}
+
+
+def _help() -> str:
+    lines = [f"  {name:9}{_docstring(command).splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["JAX/Pallas kernels for TPUs and NVIDIA GPUs.", "", "pallas-kernels COMMAND [--help]", "", *lines]
+    )
+
+
+def _help_of(name: str) -> str:
+    command = COMMANDS[name]
+    lines = [f"pallas-kernels {name} {command.arguments}".rstrip(), "", _docstring(command), ""]
+    for define, flag, default, text in command.flags:
+        value = "" if define is flags.DEFINE_bool else "=..."
+        shown = f" (default: {','.join(default)})" if isinstance(default, list) else ""
+        lines.append(f"  --{flag + value:14}{text}{shown}")
+    return "\n".join(lines).rstrip()
+
+
+def _docstring(command: Command) -> str:
+    return inspect.getdoc(command.run) or ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

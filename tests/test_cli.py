@@ -1,0 +1,176 @@
+"""The command line: what it prints, where, and with which exit status."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from absl import flags
+from jax.experimental import pallas as pl
+
+from pallas_kernels import aot, cli, dispatch, lowering
+from pallas_kernels.operators import Case, Operator
+
+X = jax.ShapeDtypeStruct((16, 128), jnp.float32)
+
+
+def scale(x: jax.Array, *, platform: Any, interpret: Any = False) -> jax.Array:
+    def body(x_ref: Any, o_ref: Any) -> None:
+        o_ref[...] = 2 * x_ref[...]
+
+    return lowering.launch(
+        body,
+        x,
+        platform=platform,
+        name="double",
+        grid=(1,),
+        in_specs=[pl.BlockSpec(x.shape, lambda i: (0, 0))],
+        out_specs=pl.BlockSpec(x.shape, lambda i: (0, 0)),
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        work=lowering.Work(x.size, 2 * x.nbytes, x.size),
+        interpret=interpret,
+    )
+
+
+def dispatched(x: jax.Array, choice: dispatch.Choice) -> jax.Array:
+    launchers = {p: partial(scale, platform=p) for p in ("tpu", "cuda")}
+    return dispatch.run(choice, x, name="double", xla=lambda x: 2 * x, **launchers)
+
+
+differentiable = jax.custom_vjp(dispatched, nondiff_argnums=(1,))
+differentiable.defvjp(
+    lambda x, choice: (dispatched(x, choice), None), lambda choice, _, g: (dispatched(g, choice),)
+)
+
+
+def double(x: jax.Array, *, implementation: str | None = None) -> jax.Array:
+    return differentiable(x, dispatch.choose(implementation))
+
+
+DOUBLE = Operator(
+    name="double",
+    function=double,
+    reference=lambda x: 2 * x,
+    parity_cases=lambda: [],
+    compile_cases=lambda full: [Case("16x128", (X,), differentiable=(0,))],
+    bench_cases=lambda: [],
+)
+
+
+@pytest.fixture(autouse=True)
+def only_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "operators", lambda: {"double": DOUBLE})
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ([], ["--help"], ["help"]):
+        assert cli.main(argv) == 0
+        out = capsys.readouterr().out
+        assert all(f"\n  {name}" in out for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_a_command_shows_examples_and_flags(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert cli.main([name, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"\nExample:\n  pallas-kernels {name}" in out
+    assert all(f"\n  --{flag}" in out for _, flag, _, _ in cli.COMMANDS[name].flags)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["compil"], "unknown command 'compil': did you mean compile?"),
+        (["compile", "dubble"], "unknown operator 'dubble': did you mean double?"),
+        (["check", "convolution"], "unknown operator 'convolution': there are double"),
+        (["compile", "--target", "v5"], "unknown target 'v5': did you mean v5p or v5e?"),
+        (["compile", "--targt=v5e"], "Unknown command line flag 'targt'. Did you mean: target ?"),
+        (["compile", "--workers=two"], "flag --workers=two: invalid literal for int() with base 10: 'two'"),
+        (["demo", "visio"], "unknown demo 'visio': did you mean vision?"),
+        (["demo"], "demo takes one name: vision"),
+        (["info", "double"], "info takes no arguments, got double"),
+    ],
+)
+def test_mistakes_take_one_line(capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
+    assert cli.main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == f"pallas-kernels: {message}\n"
+
+
+def test_missing_compiler_takes_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["compile", "--target=v5e"]) == 2
+    assert capsys.readouterr().err == (
+        'pallas-kernels: compiling for v5e needs libtpu: pip install "pallas-kernels[aot]"\n'
+    )
+
+
+def test_interrupt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(aot, "compile_many", interrupted)
+    assert cli.main(["compile"]) == 130
+    assert capsys.readouterr().err == "pallas-kernels: interrupted\n"
+
+
+def test_flags_of_a_host_program_are_left_alone() -> None:
+    before = set(flags.FLAGS)
+    assert cli.main(["compile", "--help"]) == 0
+    assert set(flags.FLAGS) == before
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    command = f"{sys.executable} -m pallas_kernels.cli info | head -c 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+
+
+def test_info_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert f"\njax {jax.__version__}\n" in out
+    assert "\ndouble    xla    implementation='pallas' runs on TPU" in out
+
+
+def test_compile_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compile", "double", "--target", "v5e,sm_80"]) == 0
+    captured = capsys.readouterr()
+    header, *rows = captured.out.splitlines()
+    assert header.startswith("call") and header.endswith("registers  spill")
+    assert [row.split()[:5] for row in rows] == [
+        ["double", "16x128", pass_, target, "double"]
+        for pass_ in ("forward", "gradients")
+        for target in ("v5e", "sm_80")
+    ]
+    assert captured.err.endswith("4 of 4 compile without a spill\n")
+
+
+def test_compile_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compile", "--json", "--target=sm_90"]) == 0
+    forward, gradients = json.loads(capsys.readouterr().out)
+    assert forward["name"] == "double 16x128 forward" and forward["compiled"] and forward["target"] == "sm_90"
+    assert gradients["kernels"][0]["registers"] > 0
+
+
+def test_compile_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    spills = aot.KernelReport("double", spill_bytes=8)
+    reports = [
+        aot.Report("a", "sm_90", True, None, (aot.KernelReport("double", spill_bytes=0),)),
+        aot.Report("b", "sm_90", True, None, (spills,)),
+        aot.Report("c", "sm_90", False, "it is bad", ()),
+        aot.Report("d", "sm_90", True, None, ()),
+    ]
+    monkeypatch.setattr(aot, "compile_many", lambda jobs, workers: reports)
+    assert cli.main(["compile", "--target=sm_90"]) == 1
+    captured = capsys.readouterr()
+    assert "FAILED: it is bad" in captured.out and "no Pallas kernel" in captured.out
+    assert captured.err.endswith("2 of 4 compile without a spill\n")
