@@ -7,8 +7,8 @@ hangs on
 * the layout. With all channels innermost, every pixel reloads every weight: 15 to 27, and 7 to 13 once the
   weights don't fit the first-level cache. With (image, channels // 8, row, column, 8), the weights of eight
   channels stay in registers along a row: 35 to 50, for two more copies of the image.
-* the number of taps. Registers hold about 28 weights (with 49 taps: 36). Beyond 124 taps LLVM's alias analysis
-  gives up and nothing is vectorised: 1 to 2. So a loop goes over groups of taps.
+* the number of taps. Registers hold about 28 weights (with 49 taps: 36). Beyond 124 taps LLVM's alias
+  analysis gives up and nothing is vectorised: 1 to 2. So a loop goes over groups of taps.
 
 Partitioned over channels, a device needs a multiple of eight of them (or of what 8 and the channels have in
 common), or XLA gathers.
