@@ -109,7 +109,7 @@ def _triton(task: Task, directory: str) -> Task:
         f.write(compiled.asm["cubin"])
     tool = os.path.join(os.path.dirname(nvidia.__file__), "bin", "cuobjdump")
     usage = subprocess.run([tool, "-res-usage", cubin], check=True, capture_output=True, text=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
     return {
         "code_bytes": len(compiled.asm["cubin"]),
         "memory_bytes": compiled.metadata.shared,

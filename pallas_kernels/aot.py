@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as pltriton
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.extend.mlir import ir
-from jax.interpreters import mlir
+from jax.interpreters import mlir, partial_eval
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from pallas_kernels import _aot_worker
@@ -79,7 +79,7 @@ class Report:
 
     compiled: whether it would run there, as far as a compiler can tell.
     error: why not.
-    kernels: one for each Pallas kernel in the function that is meant for the target.
+    kernels: one for each Pallas kernel that the function needs on the target.
     """
 
     name: str
@@ -101,9 +101,9 @@ class Job(NamedTuple):
 def compile(fn: Callable[..., Any], *args: Any, target: str, timeout: float = 600.0) -> Report:
     """Compile `fn` for `target`, without the device.
 
-    The program goes through the vendor's compiler in a child process, because a bad kernel may take it down. For
-    a TPU, each Pallas kernel is also compiled bare: the compiler estimates the cycles of kernels, but not those
-    of the copies that XLA puts around them.
+    The program goes through the vendor's compiler in a child process, because a bad kernel may take it down.
+    For a TPU, each Pallas kernel is also compiled bare: the compiler estimates the cycles of kernels, but not
+    those of the copies that XLA puts around them.
 
     Args:
       fn: a function that `jax.jit` takes.
@@ -211,7 +211,9 @@ def _lower(job: Job, target: Target) -> tuple[_Task | None, list[_Kernel]]:
     leaves, tree = jax.tree.flatten(job.args)
     fn = jax.jit(lambda *leaves: jax.tree.leaves(job.fn(*jax.tree.unflatten(tree, leaves))))
     with _abstract_device(target):
-        calls = {id(call): call for call in _pallas_calls(fn.trace(*leaves).jaxpr.jaxpr, target)}
+        jaxpr = fn.trace(*leaves).jaxpr.jaxpr
+        live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+        calls = {id(call): call for call in _pallas_calls(live, target)}
         kernels = [_lower_kernel(call, target) for call in calls.values()]
         if isinstance(target, TPU):
             return _exported(fn, leaves, target), kernels
@@ -471,7 +473,10 @@ class _Child:
 
 
 # What compilers write to standard error before they give up.
-_LAST_WORDS = re.compile(r"Check failed.*|LLVM ERROR.*|Assertion.*|Pipeline failed while executing \[`\w+`")
+_LAST_WORDS = re.compile(
+    r"(?:^F\d{4} [^]]*\] |(?=Check failed|LLVM ERROR|Assertion|Pipeline failed while executing))(.*)",
+    re.MULTILINE,
+)
 
 
 def _one_line(text: str, limit: int = 300) -> str:

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -126,6 +127,7 @@ JOBS = [
     aot.Job(partial(matmul, platform="cuda", out=jnp.int32), square(64, jnp.int4), "sm_80", "int4 dot"),
     aot.Job(lambda x: x[None] @ {"not": "an array"}, (X,), "v5e", "doesn't trace"),
     aot.Job(jnp.sin, (X,), "v5e", "no kernel"),
+    aot.Job(lambda x: (power_everywhere(x), x)[1], (X,), "v5e", "unused kernel"),
 ]
 
 
@@ -189,7 +191,7 @@ def test_refused_estimates(reports: dict[str, aot.Report], job: str, reason: str
     [
         ("VMEM overflow", "exceeded scoped vmem limit"),
         ("shared memory overflow", "needs 131072 bytes of shared memory, sm_86 has 101376"),
-        ("int4 dot", "TritonGPUAccelerateMatmul"),
+        ("int4 dot", "Pipeline failed while executing [`TritonGPUAccelerateMatmul`"),
         ("doesn't trace", "TypeError"),
     ],
 )
@@ -206,8 +208,9 @@ def test_spills_are_seen(reports: dict[str, aot.Report]) -> None:
     assert kernel.spill_bytes and kernel.spill_bytes > 0 and kernel.registers == 255
 
 
-def test_a_function_without_kernels(reports: dict[str, aot.Report]) -> None:
-    assert reports["no kernel"].compiled and reports["no kernel"].kernels == ()
+@pytest.mark.parametrize("job", ["no kernel", "unused kernel"])
+def test_a_function_without_kernels(reports: dict[str, aot.Report], job: str) -> None:
+    assert reports[job].compiled and reports[job].kernels == ()
 
 
 STUB = """
@@ -222,6 +225,15 @@ while True:
     pickle.dump({"bundles": 7} if sys.argv[1] == "tpu-bundles" else {}, sys.stdout.buffer)
     sys.stdout.buffer.flush()
 """
+
+
+def test_where_the_profiler_aborts_bundles_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    v4 = replace(aot.TPUS["v4"], static_profile=True)
+    monkeypatch.setitem(aot.TARGETS, "v4", v4)
+    report = aot.compile(power_everywhere, X, target="v4")
+    (kernel,) = report.kernels
+    assert report.compiled and kernel.cycles is None and kernel.bundles
+    assert "the compiler died (SIGABRT): Static LLO profiling of" in str(kernel.no_cycles)
 
 
 def test_crash_and_timeout(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
