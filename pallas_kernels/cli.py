@@ -5,6 +5,7 @@ import difflib
 import importlib
 import importlib.metadata
 import inspect
+import itertools
 import json
 import os
 import pkgutil
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import flags
 
-from pallas_kernels import aot, demos
+from pallas_kernels import aot, demos, testing
 from pallas_kernels.operators import Case, Operator, operators
 from pallas_kernels.progress import Progress
 
@@ -132,19 +133,23 @@ def _check(_: flags.FlagValues, names: list[str]) -> int:
       pallas-kernels check depthwise_conv
     """
     chosen = _operators(names)
-    from pallas_kernels import testing
-
-    results = [(o.name, result) for o in chosen for result in testing.check_operator(o)]
-    _print_table([_CHECK_HEADER, *(_check_row(name, result) for name, result in results)])
-    bad = sum(not result.ok for _, result in results)
-    print(f"{len(results) - bad} of {len(results)} are right", file=sys.stderr)
+    rows, bad = [_CHECK_HEADER], 0
+    with Progress(sum(len(operator.parity_cases()) for operator in chosen), "check") as progress:
+        for operator in chosen:
+            for case, results in itertools.groupby(testing.check_operator(operator), lambda r: r.case):
+                for result in results:
+                    rows.append(_check_row(operator.name, result))
+                    bad += not result.ok
+                progress.advance(f"{operator.name} {case}")
+    _print_table(rows)
+    print(f"{len(rows) - 1 - bad} of {len(rows) - 1} are right", file=sys.stderr)
     return 1 if bad else 0
 
 
-_CHECK_HEADER = ("operator", "case", "implementation", "forward", "gradient", "")
+_CHECK_HEADER: tuple[str, ...] = ("operator", "case", "implementation", "forward", "gradient", "")
 
 
-def _check_row(operator: str, result: Any) -> tuple[str, ...]:
+def _check_row(operator: str, result: testing.Result) -> tuple[str, ...]:
     errors = (f"{result.forward:.2f}", "-" if result.gradient is None else f"{result.gradient:.2f}")
     verdict = "" if result.ok else f"FAILED: {result.message}"
     return (operator, result.case, result.implementation, *errors, verdict)

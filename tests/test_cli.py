@@ -4,7 +4,9 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,7 +15,9 @@ import pytest
 from absl import flags
 from jax.experimental import pallas as pl
 
+import pallas_kernels
 from pallas_kernels import aot, cli, dispatch, lowering
+from pallas_kernels.demos import vision
 from pallas_kernels.operators import Case, Operator
 
 X = jax.ShapeDtypeStruct((16, 128), jnp.float32)
@@ -56,7 +60,7 @@ DOUBLE = Operator(
     name="double",
     function=double,
     reference=lambda x: 2 * x,
-    parity_cases=lambda: [],
+    parity_cases=lambda: [Case("16x128", (X,), differentiable=(0,))],
     compile_cases=lambda full: [Case("16x128", (X,), differentiable=(0,))],
     bench_cases=lambda: [],
 )
@@ -139,6 +143,52 @@ def test_info_says_why(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert f"\njax {jax.__version__}\n" in out
     assert "\ndouble    xla    implementation='pallas' runs on TPU" in out
+
+
+def test_check_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check"]) == 0
+    captured = capsys.readouterr()
+    header, *rows = captured.out.splitlines()
+    assert header.split() == ["operator", "case", "implementation", "forward", "gradient"]
+    assert [row.split()[:3] for row in rows] == [
+        ["double", "16x128", "xla"],
+        ["double", "16x128", "pallas"],
+        ["double", "16x128", "pallas"],
+    ]
+    assert captured.err.endswith("3 of 3 are right\n")
+
+
+def test_check_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "operators", lambda: {"double": replace(DOUBLE, reference=lambda x: 2.1 * x)})
+    assert cli.main(["check", "double"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.count("FAILED: normal: ") == 3
+    assert captured.err.endswith("0 of 3 are right\n")
+
+
+def test_bench_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    bench = SimpleNamespace(run=lambda names, out, only: calls.append((names, out, only)) or 3)
+    monkeypatch.setattr(pallas_kernels, "bench", bench, raising=False)
+    assert cli.main(["bench", "--out=times.csv", "double", "--only", "56"]) == 3
+    assert cli.main(["bench"]) == 3
+    assert calls == [(["double"], "times.csv", "56"), (["double"], None, None)]
+
+
+def test_demo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vision, "run", lambda out="vision.png": f"a picture in {out}")
+    assert cli.main(["demo", "vision"]) == 0
+    assert cli.main(["demo", "vision", "--out", "x.png"]) == 0
+    assert capsys.readouterr().out == "a picture in vision.png\na picture in x.png\n"
+
+
+def test_demo_without_its_packages(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert cli.main(["demo", "vision"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert 'pip install "pallas-kernels[demo]"' in line
 
 
 def test_compile_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
