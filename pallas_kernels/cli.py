@@ -41,8 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     2
     """
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
-    except (UsageError, flags.Error) as e:
+        status = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return status
+    except (UsageError, flags.Error, FileNotFoundError, IsADirectoryError, PermissionError) as e:
         status, message = 2, str(e)
     except ImportError as e:
         if "pip install" not in str(e):
@@ -296,7 +298,12 @@ COMMANDS = {
                 "all shapes of real models, not one for each path through the code",
             ),
             (flags.DEFINE_bool, "json", False, "print all that is known of every kernel, as JSON"),
-            (flags.DEFINE_integer, "workers", None, "compilers at work at once; by default one for each CPU"),
+            (
+                partial(flags.DEFINE_integer, lower_bound=1),
+                "workers",
+                None,
+                "compilers at work at once; by default one for each CPU",
+            ),
         ),
     ),
     "bench": Command(

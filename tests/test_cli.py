@@ -95,6 +95,7 @@ def test_help_of_a_command_shows_examples_and_flags(capsys: pytest.CaptureFixtur
         (["compile", "--target", "v5"], "unknown target 'v5': did you mean v5p or v5e?"),
         (["compile", "--targt=v5e"], "Unknown command line flag 'targt'. Did you mean: target ?"),
         (["compile", "--workers=two"], "flag --workers=two: invalid literal for int() with base 10: 'two'"),
+        (["compile", "--workers=0"], "flag --workers=0: 0 is not a positive integer"),
         (["demo", "visio"], "unknown demo 'visio': did you mean vision?"),
         (["demo"], "demo takes one name: vision"),
         (["info", "double"], "info takes no arguments, got double"),
@@ -133,9 +134,9 @@ def test_flags_of_a_host_program_are_left_alone() -> None:
 
 
 def test_a_closed_pipe_is_no_error() -> None:
-    command = f"{sys.executable} -m pallas_kernels.cli info | head -c 1"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
-    assert "Traceback" not in done.stderr
+    command = f"{sys.executable} -m pallas_kernels.cli info | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stderr == ""
 
 
 def test_info_says_why(capsys: pytest.CaptureFixture[str]) -> None:
