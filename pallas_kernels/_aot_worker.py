@@ -107,8 +107,10 @@ def _triton(task: Task, directory: str) -> Task:
     )
     with open(cubin, "wb") as f:
         f.write(compiled.asm["cubin"])
-    tool = os.path.join(os.path.dirname(nvidia.__file__), "bin", "cuobjdump")
-    usage = subprocess.run([tool, "-res-usage", cubin], check=True, capture_output=True, text=True).stdout
+    cuobjdump = os.path.join(os.path.dirname(nvidia.__file__), "bin", "cuobjdump")
+    usage = subprocess.run(
+        [cuobjdump, "-res-usage", cubin], check=True, capture_output=True, text=True
+    ).stdout
     ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
     return {
         "code_bytes": len(compiled.asm["cubin"]),

@@ -432,7 +432,7 @@ class _Child:
         self.mode = mode
         self.alive = True
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
-        # A session of its own: Ctrl-C is for the parent, which then kills its children.
+        # Out of the reach of Ctrl-C: that is for the parent, which then kills its children.
         self._process = subprocess.Popen(
             [sys.executable, "-P", _aot_worker.__file__, mode],
             stdin=subprocess.PIPE,
