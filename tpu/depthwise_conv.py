@@ -29,19 +29,21 @@ from pallas_kernels.kernels.depthwise_conv import (
 )
 from pallas_kernels.lowering import Work, launch
 
-SLAB = Slab((8, 128), lambda row, column, _: (row, column))
+IMAGES, LANES = 8, 128
 # What every TPU since v4 has, less what the compiler keeps for itself.
 VMEM_BYTES = 14 << 20
 # Multiply-adds in the code of a program, all unrolled: what compiles within seconds.
-CODE_BUDGET = 16_000
+CODE_BUDGET = 13_000
 # Columns, of the image or of the kernel, that are accumulated together: the other registers hold a row of weights.
 TILE = 14
-# Multiply-adds that hide the start and the end of a loop's iteration.
-ITERATION = 350
-# From this many equal rows on, a loop runs over rows.
-_ROW_LOOP = 1 << 30
-# Cycles for the start of a program, and bytes that HBM moves in a cycle; both measured on v5e.
-PROGRAM_CYCLES, BYTES_PER_CYCLE = 250, 545
+# Groups of images in one iteration of the loop over them.
+GROUPS = 2
+# From this many equal rows on, a loop over them with all taps unrolled beats a loop over the taps of each.
+EQUAL_ROWS = 4
+# Cycles, measured on v5e: to start a program, to start an iteration of a loop, to reduce one sum over the images.
+PROGRAM, ITERATION, REDUCTION = 250, 12, 6
+# Multiply-adds of registers, and bytes from HBM, in a cycle.
+MULTIPLY_ADDS, BANDWIDTH = 2 * 0.96, 545
 
 
 class Blocks(NamedTuple):
@@ -138,11 +140,22 @@ class Strips(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How a launch cuts its arrays; `fold` images share the lanes."""
+    """How a launch cuts its arrays.
+
+    fold: images that share the lanes.
+    groups: of slabs in a program: of channels, or of images where they are summed over.
+    unroll: rows, of the kernel or of pixels, in one iteration of the inner loop.
+    """
 
     blocks: Blocks
     strips: Strips
     fold: int
+    groups: int
+    unroll: int
+
+    def slabs(self, n: int, c: int) -> tuple[int, int]:
+        """How many slabs of images, and of channels, the arrays hold."""
+        return -(-n * self.strips.count // (self.fold * IMAGES)), -(-self.fold * c // LANES)
 
 
 def convolve(
@@ -168,27 +181,25 @@ def convolve(
             for b, (taps, part) in zip((bias, None), _halves(rows), strict=True)
         ]
         return sum(parts).astype(dtype)
-    blocks, strips, fold = plan
+    blocks, strips, fold, groups, unroll = plan
     columns = strips.columns
     slabs = _to_slabs(x, strips, fold)
     *_, images, lanes = slabs.shape
     weights = [_to_lanes(a, fold, lanes) for a in (w, jnp.zeros((1, c)) if bias is None else bias[None])]
 
     def block_of_kind(refs: Any, block: int) -> None:
-        kind = blocks.rows(block)
-        tile = _even(len(columns), TILE)
         correlate(
-            *refs, slab=SLAB, groups=1, rows=kind, cols=columns, tile=tile,
-            unroll=-(-ITERATION // (tile * cols.axis.kernel)), unrolled_rows=_ROW_LOOP,
+            *refs, slab=_channel_slab(groups), rows=blocks.rows(block), cols=columns,
+            tile=_even(len(columns), TILE), unroll=unroll, unrolled_rows=EQUAL_ROWS,
         )  # fmt: skip
 
     out = launch(
         lambda *refs: _each_kind(blocks, functools.partial(block_of_kind, refs)),
         slabs, *weights,
         platform="tpu", interpret=interpret, name="depthwise_conv" + "_input_gradient" * rows.transposed,
-        grid=(images // 8, lanes // 128, blocks.count),
-        in_specs=[_window_spec(blocks, strips.window), *(_whole_spec(a) for a in weights)],
-        out_specs=pl.BlockSpec((blocks.size, strips.size, *SLAB.shape), lambda s, c, b: (b, 0, s, c)),
+        grid=(images // IMAGES, lanes // (LANES * groups), blocks.count),
+        in_specs=[_window_spec(blocks, strips, IMAGES, LANES * groups), *(_whole_spec(a, groups) for a in weights)],
+        out_specs=_block_spec(blocks, strips, IMAGES, LANES * groups),
         out_shape=jax.ShapeDtypeStruct((rows.targets, strips.size, images, lanes), dtype),
         work=_work(n, c, plan, x.nbytes + n * rows.targets * cols.targets * c * dtype.itemsize + w.nbytes),
     )  # fmt: skip
@@ -210,49 +221,77 @@ def weight_gradient(x: jax.Array, g: jax.Array, rows: Axis, cols: Axis, *, inter
     if plan is None:
         halves = _halves(Gather(rows))
         return jnp.concatenate([weight_gradient(x, g, part.axis, cols, interpret=interpret) for _, part in halves])
-    blocks, strips, fold = plan
+    blocks, strips, fold, groups, unroll = plan
     columns = strips.kernel_columns
-    slabs, cotangents = _to_slabs(x, strips, fold), _to_slabs(g, strips.of_targets(), fold)
-    *_, images, lanes = slabs.shape
+    slabs, cotangents = (_to_slabs(a, s, fold) for a, s in ((x, strips), (g, strips.of_targets())))
+    lanes, programs = slabs.shape[-1], slabs.shape[-2] // (IMAGES * groups)
+    # Reducing the sums over images takes longer than writing them, once for all of the images.
+    sums = (rows.kernel, cols.kernel * (IMAGES if groups > 1 else 1))
 
     def block_of_kind(refs: Any, block: int) -> None:
-        tile = _even(len(columns), TILE)
         correlate_gradient(
-            *refs, slab=SLAB, groups=1, rows=blocks.kernel_rows(block), cols=columns, tile=tile,
-            unroll=-(-ITERATION // (tile * strips.size)),
+            *refs, slab=_image_slab(groups), rows=blocks.kernel_rows(block), cols=columns,
+            tile=_even(len(columns), TILE), unroll=unroll, unroll_groups=GROUPS,
         )  # fmt: skip
 
     partial_sums = launch(
         lambda *refs: _each_kind(blocks, functools.partial(block_of_kind, refs)),
         slabs, cotangents,
         platform="tpu", interpret=interpret, name="depthwise_conv_weight_gradient",
-        grid=(images // 8, lanes // 128, blocks.count),
-        in_specs=[
-            _window_spec(blocks, strips.window),
-            pl.BlockSpec((blocks.size, strips.size, *SLAB.shape), lambda s, c, b: (b, 0, s, c)),
-        ],
-        out_specs=pl.BlockSpec(
-            (None, rows.kernel, cols.kernel, SLAB.shape[1]), lambda s, c, b: (s * blocks.count + b, 0, 0, c)
-        ),
-        out_shape=jax.ShapeDtypeStruct((images // 8 * blocks.count, rows.kernel, cols.kernel, lanes), jnp.float32),
+        grid=(programs, lanes // LANES, blocks.count),
+        in_specs=[spec(blocks, strips, IMAGES * groups, LANES) for spec in (_window_spec, _block_spec)],
+        out_specs=pl.BlockSpec((None, *sums, LANES), lambda s, c, b: (s * blocks.count + b, 0, 0, c)),
+        out_shape=jax.ShapeDtypeStruct((programs * blocks.count, *sums, lanes), jnp.float32),
         work=_work(n, c, plan, x.nbytes + g.nbytes + rows.kernel * cols.kernel * c * 4),
     )  # fmt: skip
     total = partial_sums.sum(0)[..., : fold * c]
-    return total.reshape(rows.kernel, cols.kernel, fold, c).sum(2)
+    return total.reshape(rows.kernel, cols.kernel, -1, c).sum(2)
+
+
+def _channel_slab(groups: int) -> Slab:
+    lanes = lambda group: pl.ds(group * LANES, LANES)  # noqa: E731
+    return Slab((IMAGES, LANES), lambda row, column, group: (row, column, slice(None), lanes(group)), lanes, groups)
+
+
+def _image_slab(groups: int) -> Slab:
+    def at(row: Any, column: Any, group: Any) -> tuple[Any, ...]:
+        first = group * IMAGES if isinstance(group, int) else pl.multiple_of(group * IMAGES, IMAGES)
+        return row, column, pl.ds(first, IMAGES)
+
+    return Slab((IMAGES, LANES), at, groups=groups)
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan(n: int, c: int, itemsize: int, rows: Gather, cols: Gather, *, gradient: bool) -> Plan | None:
     """The plan of the fewest estimated cycles whose blocks fit in VMEM; None if no plan does."""
-    plans = [
-        Plan(blocks, strips, fold)
+    costs = (
+        (_launch_cycles(n, c, itemsize, plan, gradient), plan)
         for strips in _strip_choices(cols)
         for blocks in _block_choices(rows)
-        if _vmem_bytes(blocks, strips, itemsize, gradient) <= VMEM_BYTES
-        and _code(blocks, strips, gradient) <= CODE_BUDGET
-        for fold in {1, *(f for f in (2, 4, 8, 16, 32) if f <= n and f * c <= 1024)}
-    ]
-    return min(plans, key=lambda plan: _cycles(n, c, itemsize, plan), default=None)
+        for unroll in (1, 2, 4, 64)
+        for fold in {1, *(f for f in (2, 4, 8, 16, 32) if f <= n * strips.count and f * c <= 8 * LANES)}
+        for groups in _group_choices(n, c, Plan(blocks, strips, fold, 1, unroll), gradient)
+        for plan in (Plan(blocks, strips, fold, groups, unroll),)
+        if _vmem_bytes(plan, itemsize, gradient) <= VMEM_BYTES
+    )
+    return min(costs, key=lambda cost: cost[0], default=(0, None))[1]
+
+
+def _group_choices(n: int, c: int, plan: Plan, gradient: bool) -> Iterator[int]:
+    """Groups that divide the slabs and whose code stays within its budget.
+
+    Groups of images are looped over, which only code without another loop can be. All images or none: other blocks
+    are not contiguous, and a copy of them takes the DMA engine one more dimension.
+    """
+    code, _, has_loop = _program(plan.blocks, plan.strips, plan.unroll, gradient)
+    images, channels = plan.slabs(n, c)
+    if code > CODE_BUDGET:
+        return
+    yield 1
+    if not gradient:
+        yield from (g for g in range(2, 9) if channels % g == 0 and g * code <= CODE_BUDGET)
+    elif not has_loop and images > 1:
+        yield images
 
 
 def _strip_choices(cols: Gather) -> Iterator[Strips]:
@@ -267,51 +306,67 @@ def _block_choices(rows: Gather) -> Iterator[Blocks]:
     yield from (Blocks(rows, size) for size in sizes if size < rows.targets)
 
 
-def _vmem_bytes(blocks: Blocks, strips: Strips, itemsize: int, gradient: bool) -> int:
-    """Two buffers of every block."""
-    kernel = blocks.gather.axis.kernel * -(-strips.gather.axis.kernel // 8) * 8 * 128 * 4
-    slabs = blocks.window * strips.window + blocks.size * strips.size
-    return 2 * (slabs * math.prod(SLAB.shape) * itemsize + kernel)
-
-
-def _code(blocks: Blocks, strips: Strips, gradient: bool) -> int:
-    """Multiply-adds in the code of a program."""
+@functools.lru_cache(maxsize=4096)
+def _program(blocks: Blocks, strips: Strips, unroll: int, gradient: bool) -> tuple[int, float, bool]:
+    """Multiply-adds in the code for a slab; cycles for all of its blocks; whether the code holds a loop."""
+    tiles = -(-(strips.gather.axis.kernel if gradient else strips.size) // TILE)
     width = sum(t.hi - t.lo for t in (strips.kernel_columns if gradient else strips.columns))
+    code, cycles, has_loop = 0, 0.0, False
+    for block, same in blocks.kinds().items():
+        # (how often the code stands there, iterations, multiply-adds of one, iterations unrolled)
+        if gradient:
+            loops = [(1, max(t.hi - t.lo, 0), width, unroll) for t in blocks.kernel_rows(block)]
+        else:
+            reads = [(r.count, max(r.taps.hi - r.taps.lo, 0)) for r in blocks.rows(block)]
+            loops = [
+                (1, count, taps * width, 1) if count >= EQUAL_ROWS else (count, taps, width, unroll)
+                for count, taps in reads
+            ]
+        for copies, iterations, multiply_adds, unrolled in loops:
+            chunks = iterations // unrolled
+            inline = iterations if chunks < 2 else unrolled + iterations % unrolled
+            code += copies * inline * multiply_adds
+            has_loop |= chunks > 1
+            overhead = tiles * ITERATION * (chunks if chunks > 1 else 0)
+            cycles += len(same) * copies * (iterations * multiply_adds / MULTIPLY_ADDS + overhead)
+    return code, cycles, has_loop
+
+
+def _launch_cycles(n: int, c: int, itemsize: int, plan: Plan, gradient: bool) -> float:
+    """Arithmetic or memory, whichever takes longer; the first and the last block, which nothing hides; copies."""
+    blocks, strips, fold, groups, unroll = plan
+    slabs = math.prod(plan.slabs(n, c))
+    programs = slabs // groups * blocks.count
+    _, cycles, _ = _program(blocks, strips, unroll, gradient)
+    start = PROGRAM
     if gradient:
-        unroll = -(-ITERATION // (_even(strips.gather.axis.kernel, TILE) * strips.size))
-        lengths = [t.hi - t.lo for b in blocks.kinds() for t in blocks.kernel_rows(b)]
+        start += REDUCTION * (groups == 1) * blocks.gather.axis.kernel * strips.gather.axis.kernel
+        cycles += ITERATION * blocks.gather.axis.kernel / GROUPS * (groups > 1)
+    exposed = _vmem_bytes(plan, itemsize, gradient) / 2 / BANDWIDTH
+    pixel = slabs * IMAGES * LANES * itemsize / BANDWIDTH
+    copied = 0 if strips.count == fold == 1 and n % IMAGES == c % LANES == 0 else pixel * blocks.gather.sources
+    return max(slabs * cycles + programs * start, programs * exposed) + exposed + 2 * copied * strips.window
+
+
+def _vmem_bytes(plan: Plan, itemsize: int, gradient: bool) -> int:
+    """Two buffers of every block."""
+    blocks, strips, _, groups, _ = plan
+    rows, cols = blocks.gather.axis.kernel, strips.gather.axis.kernel
+    if gradient:
+        kernel = rows * (cols * IMAGES if groups > 1 else -(-cols // 8) * 8)
     else:
-        unroll = -(-ITERATION // (_even(strips.size, TILE) * strips.gather.axis.kernel))
-        lengths = [
-            r.taps.hi - r.taps.lo
-            for b in blocks.kinds()
-            for r in blocks.rows(b)
-            for _ in range(1 if r.count >= _ROW_LOOP else r.count)
-        ]
-    return width * sum(n if n < 2 * unroll else unroll + n % unroll for n in lengths)
-
-
-def _cycles(n: int, c: int, itemsize: int, plan: Plan) -> float:
-    blocks, strips, fold = plan
-    programs = -(-(-(-n * strips.count // fold)) // 8) * -(-fold * c // 128)
-    arithmetic = programs * (_pairs(plan) / 2 / 0.9 + PROGRAM_CYCLES * blocks.count)
-    read = programs * math.prod(SLAB.shape) * itemsize * blocks.gather.sources * strips.window / BYTES_PER_CYCLE
-    copied = 0 if strips.count == fold == 1 and n % 8 == c % 128 == 0 else 2 * read
-    return max(arithmetic, 2 * read) + copied
-
-
-def _pairs(plan: Plan) -> int:
-    """Multiply-adds of a program over all of its blocks."""
-    return plan.blocks.gather.axis.pairs * sum(t.hi - t.lo for t in plan.strips.columns)
+        kernel = groups * rows * -(-cols // 8) * 8
+    slabs = groups * IMAGES * (blocks.window * strips.window + blocks.size * strips.size)
+    return 2 * LANES * (slabs * itemsize + kernel * 4)
 
 
 def _work(n: int, c: int, plan: Plan, nbytes: int) -> Work:
-    blocks, strips, fold = plan
-    slabs = -(-(-(-n * strips.count // fold)) // 8) * -(-fold * c // 128)
+    rows, strips = plan.blocks.gather.axis, plan.strips
+    columns = sum(t.hi - t.lo for t in strips.columns)
     return Work(
-        flops=2 * n * c * blocks.gather.axis.pairs * strips.gather.axis.pairs,
+        flops=2 * n * c * rows.pairs * strips.gather.axis.pairs,
         bytes=nbytes,
-        padded_flops=2 * slabs * math.prod(SLAB.shape) * _pairs(plan),
+        padded_flops=2 * math.prod(plan.slabs(n, c)) * IMAGES * LANES * rows.pairs * columns,
     )
 
 
@@ -322,9 +377,9 @@ def _to_slabs(x: jax.Array, strips: Strips, fold: int) -> jax.Array:
         starts, width = strips.starts, strips.window
         x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0)] * 2 + [(-starts[0], starts[-1] + width - size, 0), (0, 0, 0)])
         x = jnp.concatenate([x[:, :, s - starts[0] : s - starts[0] + width] for s in starts])
-    x = jnp.pad(x, ((0, -x.shape[0] % (8 * fold)), (0, 0), (0, 0), (0, 0)))
+    x = jnp.pad(x, ((0, -x.shape[0] % (IMAGES * fold)), (0, 0), (0, 0), (0, 0)))
     x = x.transpose(1, 2, 0, 3).reshape(h, x.shape[2], -1, fold * c)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -x.shape[-1] % 128)))
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -x.shape[-1] % LANES)))
 
 
 def _from_slabs(o: jax.Array, n: int, c: int, width: int, strips: Strips, fold: int) -> jax.Array:
@@ -340,18 +395,21 @@ def _to_lanes(a: jax.Array, fold: int, lanes: int) -> jax.Array:
     return jnp.pad(tiled, ((0, 0),) * (a.ndim - 1) + ((0, lanes - tiled.shape[-1]),))
 
 
-def _whole_spec(a: jax.Array) -> pl.BlockSpec:
-    return pl.BlockSpec((*a.shape[:-1], SLAB.shape[1]), lambda s, c, b: (0,) * (a.ndim - 1) + (c,))
+def _whole_spec(a: jax.Array, groups: int) -> pl.BlockSpec:
+    return pl.BlockSpec((*a.shape[:-1], LANES * groups), lambda s, c, b: (0,) * (a.ndim - 1) + (c,))
 
 
-def _window_spec(blocks: Blocks, width: int) -> pl.BlockSpec:
+def _block_spec(blocks: Blocks, strips: Strips, images: int, lanes: int) -> pl.BlockSpec:
+    return pl.BlockSpec((blocks.size, strips.size, images, lanes), lambda s, c, b: (b, 0, s, c))
+
+
+def _window_spec(blocks: Blocks, strips: Strips, images: int, lanes: int) -> pl.BlockSpec:
     """Overlapping windows of rows; Pallas wants all dimensions in elements then."""
-    images, lanes = SLAB.shape
+    shape = (blocks.window, strips.window, images, lanes)
     if blocks.count == 1:
-        return pl.BlockSpec((blocks.window, width, images, lanes), lambda s, c, b: (0, 0, s, c))
+        return pl.BlockSpec(shape, lambda s, c, b: (0, 0, s, c))
     return pl.BlockSpec(
-        tuple(map(pl.Element, (blocks.window, width, images, lanes))),
-        lambda s, c, b: (blocks.start(b), 0, s * images, c * lanes),
+        tuple(map(pl.Element, shape)), lambda s, c, b: (blocks.start(b), 0, s * images, c * lanes)
     )
 
 

@@ -6,6 +6,7 @@ unaligned, and (image, row, column, channel) blocks on a GPU, where it is one re
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -120,10 +121,16 @@ class Gather(NamedTuple):
 
 
 class Slab(NamedTuple):
-    """How the Refs of a launch hold slabs: `at(row, column, group)` is the index of one, for a group of images."""
+    """How the Refs of a launch hold slabs, of which each pixel may have several `groups`.
+
+    at: (row, column, group) -> the index of a slab.
+    channels: group -> the index of its channels.
+    """
 
     shape: tuple[int, int]
     at: Callable[[Any, Any, Any], tuple[Any, ...]]
+    channels: Callable[[Any], Any] = lambda group: slice(None)
+    groups: int = 1
 
 
 class Rows(NamedTuple):
@@ -155,27 +162,32 @@ def equal_rows(gather: Gather, first: int, count: int) -> list[Rows]:
 
 
 def correlate(
-    x_ref: Any, w_ref: Any, b_ref: Any, o_ref: Any, *, slab: Slab, groups: int, rows: Sequence[Rows],
+    x_ref: Any, w_ref: Any, b_ref: Any, o_ref: Any, *, slab: Slab, rows: Sequence[Rows],
     cols: Sequence[Taps], tile: int, unroll: int, unrolled_rows: int,
 ) -> None:  # fmt: skip
     """One block of a depthwise convolution, or of its input gradient: o = b + the sum over taps of x * w.
 
     Args:
       x_ref, o_ref: source and target slabs; w_ref: [kernel rows, kernel columns, channels]; b_ref: [1, channels].
-      slab: how the Refs of slabs are indexed; groups: of images in the block.
+      slab: how the Refs of slabs are indexed.
       rows: the block's rows and what they read; cols: what each of its columns reads.
       tile: columns that are accumulated together, in registers.
       unroll: kernel rows in one iteration of the loop over them.
       unrolled_rows: from this many equal rows on, the loop runs over the rows, and all of their taps are unrolled.
     """
-    bias = jnp.broadcast_to(b_ref[...].astype(jnp.float32), slab.shape)
     tiles = [range(start, min(start + tile, len(cols))) for start in range(0, len(cols), tile)]
     reads = [_by_source([cols[c].pairs() for c in columns]) for columns in tiles]
 
+    def broadcast(row: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(row.astype(jnp.float32), slab.shape)
+
     def kernel_row(taps: Taps, read: _Reads, group: Any, j: Any, sums: _Sums) -> _Sums:
         row, k_row = taps.source + j * taps.source_step, taps.tap + j * taps.tap_step
-        load = lambda k: jnp.broadcast_to(w_ref[k_row, pl.ds(k, 1), :].astype(jnp.float32), slab.shape)  # noqa: E731
-        weight = functools.cache(load)
+
+        @functools.cache
+        def weight(k: int) -> jax.Array:
+            return broadcast(w_ref[k_row, pl.ds(k, 1), slab.channels(group)])
+
         totals = list(sums)
         for column, uses in read:
             x = x_ref[slab.at(row, column, group)].astype(jnp.float32)
@@ -185,36 +197,36 @@ def correlate(
 
     def target_row(same: Rows, unroll: int, group: Any, i: Any) -> None:
         taps = same.taps.shifted(-i * same.advance)
+        bias = broadcast(b_ref[:, slab.channels(group)])
         for columns, read in zip(tiles, reads, strict=True):
             step = functools.partial(kernel_row, taps, read, group)
             sums = _loop(taps.lo, taps.hi, unroll, step, (bias,) * len(columns))
             for column, total in zip(columns, sums, strict=True):
                 o_ref[slab.at(same.first + i * same.period, column, group)] = total.astype(o_ref.dtype)
 
-    def image_group(group: Any, carry: None) -> None:
-        for same in rows:
-            over_rows = same.count >= unrolled_rows
-            step = functools.partial(target_row, same, max(1, same.taps.hi) if over_rows else unroll, group)
-            _loop(0, same.count, 1 if over_rows else same.count, lambda i, _: step(i), None)  # noqa: B023
-
-    _loop(0, groups, 1, image_group, None)
+    for group, same in itertools.product(range(slab.groups), rows):
+        over_rows = same.count >= unrolled_rows
+        step = functools.partial(target_row, same, max(1, same.taps.hi) if over_rows else unroll, group)
+        _loop(0, same.count, 1 if over_rows else same.count, lambda i, _: step(i), None)  # noqa: B023
 
 
 def correlate_gradient(
-    x_ref: Any, g_ref: Any, o_ref: Any, *, slab: Slab, groups: int, rows: Sequence[Taps], cols: Sequence[Taps],
-    tile: int, unroll: int,
+    x_ref: Any, g_ref: Any, o_ref: Any, *, slab: Slab, rows: Sequence[Taps], cols: Sequence[Taps],
+    tile: int, unroll: int, unroll_groups: int = 1,
 ) -> None:  # fmt: skip
     """One block's share of the weight gradient of a depthwise convolution: o[k] = sum over images and pixels of x * g.
 
     Args:
-      x_ref, g_ref: slabs of the input and of the output's cotangent; o_ref: [kernel rows, kernel columns, channels].
-      slab, groups: as in `correlate`.
+      x_ref, g_ref: slabs of the input and of the output's cotangent.
+      o_ref: [kernel rows, kernel columns * images, channels]; a slab's images are summed if that leaves room for one.
+      slab: as in `correlate`; its groups are of images, and summed over.
       rows: for each kernel row of the block, the outputs (`tap`) that read an input (`source`) through it.
       cols: the same for each kernel column.
       tile: kernel columns that are accumulated together, in registers.
-      unroll: rows of pixels in one iteration of the loop over them.
+      unroll, unroll_groups: rows of pixels, and groups, in one iteration of the loops over them.
     """
     tiles = [range(start, min(start + tile, len(cols))) for start in range(0, len(cols), tile)]
+    images = o_ref.shape[1] // len(cols)
     reads = [_by_source([[(g, x) for x, g in cols[k].pairs()] for k in ks]) for ks in tiles]
 
     def pixel_row(taps: Taps, read: _Reads, group: Any, j: Any, sums: _Sums) -> _Sums:
@@ -227,15 +239,17 @@ def correlate_gradient(
                 totals[k] = lax.add(totals[k], lax.mul(pixel(x_column), g))
         return tuple(totals)
 
-    def image_group(taps: Taps, read: _Reads, group: Any, sums: _Sums) -> _Sums:
+    def over_images(taps: Taps, read: _Reads, group: Any, sums: _Sums) -> _Sums:
         return _loop(taps.lo, taps.hi, unroll, functools.partial(pixel_row, taps, read, group), sums)
 
     for k_row, taps in enumerate(rows):
         for ks, read in zip(tiles, reads, strict=True):
             zeros = (jnp.zeros(slab.shape, jnp.float32),) * len(ks)
-            sums = _loop(0, groups, 1, functools.partial(image_group, taps, read), zeros)
+            sums = _loop(0, slab.groups, unroll_groups, functools.partial(over_images, taps, read), zeros)
             for k, total in zip(ks, sums, strict=True):
-                o_ref[k_row, pl.ds(k, 1), :] = jnp.sum(total, axis=0, keepdims=True)
+                if images == 1:
+                    total = jnp.sum(total, axis=0, keepdims=True)
+                o_ref[k_row, pl.ds(k * images, images), :] = total
 
 
 _Sums = tuple[jax.Array, ...]
