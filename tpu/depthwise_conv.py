@@ -14,20 +14,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.kernels.depthwise_conv import (
-    Axis,
-    Gather,
-    Rows,
-    Slab,
-    Taps,
-    correlate,
-    correlate_gradient,
-    equal_rows,
-)
+from pallas_kernels.kernels.depthwise_conv import Slab, correlate, correlate_gradient
 from pallas_kernels.lowering import Work, launch
+from pallas_kernels.windows import Axis, Blocks, Gather, Strips
 
 IMAGES, LANES = 8, 128
 # What every TPU since v4 has, less what the compiler keeps for itself.
@@ -44,99 +35,6 @@ EQUAL_ROWS = 4
 PROGRAM, ITERATION, REDUCTION = 250, 12, 6
 # Multiply-adds of registers, and bytes from HBM, in a cycle.
 MULTIPLY_ADDS, BANDWIDTH = 2 * 0.96, 545
-
-
-class Blocks(NamedTuple):
-    """Rows of a launch, cut into programs: `size` targets each, which read `window` sources."""
-
-    gather: Gather
-    size: int
-
-    @property
-    def count(self) -> int:
-        return -(-self.gather.targets // self.size)
-
-    @property
-    def window(self) -> int:
-        return min(self.gather.sources, self.gather.window(self.size)[1]) if self.count > 1 else self.gather.sources
-
-    def start(self, block: Any) -> Any:
-        """The first source of a block; traced if `block` is. Kept inside, so that nothing needs padding."""
-        if self.count == 1:
-            return 0
-        start = block * (self.size // self.gather.period * self.gather.advance) + self.gather.window(self.size)[0]
-        if isinstance(block, int):
-            return min(max(start, 0), self.gather.sources - self.window)
-        return jnp.clip(start, 0, self.gather.sources - self.window)
-
-    def targets(self, block: int) -> range:
-        return range(block * self.size, min((block + 1) * self.size, self.gather.targets))
-
-    def kinds(self) -> dict[int, range]:
-        """Blocks that run the same code, by the first of them: those at the edges alone, all others together."""
-        shape = [(len(self.targets(b)), *self.rows(b)) for b in range(self.count)]
-        firsts = [b for b in range(self.count) if b == 0 or shape[b] != shape[b - 1]]
-        return {b: range(b, end) for b, end in zip(firsts, [*firsts[1:], self.count], strict=True)}
-
-    def rows(self, block: int) -> list[Rows]:
-        """The rows of a block, their sources counted from the block's first."""
-        start = self.start(block)
-        rows = equal_rows(self.gather, block * self.size, len(self.targets(block)))
-        return [r._replace(taps=r.taps.shifted(start)) for r in rows]
-
-    def kernel_rows(self, block: int) -> list[Taps]:
-        """For each kernel row the outputs of a block that read through it, counted from the block's first."""
-        axis, targets, start = self.gather.axis, self.targets(block), self.start(block)
-        through = map(axis.tap_range, range(axis.kernel))
-        return [
-            Taps(t.source + targets.start * axis.stride - start, axis.stride, 0, 1,
-                 max(t.lo - targets.start, 0), min(t.hi - targets.start, len(targets)))
-            for t in through
-        ]  # fmt: skip
-
-
-class Strips(NamedTuple):
-    """Columns of a launch, cut into strips that count as images: `size` targets each."""
-
-    gather: Gather
-    size: int
-
-    @property
-    def count(self) -> int:
-        return -(-self.gather.targets // self.size)
-
-    @property
-    def window(self) -> int:
-        return self.gather.window(self.size)[1] if self.count > 1 else self.gather.sources
-
-    @property
-    def starts(self) -> list[int]:
-        """The first source of each strip; out of range where a strip reads padding."""
-        if self.count == 1:
-            return [0]
-        step = self.size // self.gather.period * self.gather.advance
-        return [self.gather.window(self.size)[0] + i * step for i in range(self.count)]
-
-    def of_targets(self) -> "Strips":
-        """The same strips of the targets themselves: no halo."""
-        return Strips(Gather(Axis(self.gather.targets, 1)), self.size)
-
-    @property
-    def columns(self) -> list[Taps]:
-        """What each column of a strip reads. The one strip of an uncut image skips the padding, others read zeros."""
-        taps = [self.gather.taps(t) for t in range(self.size)]
-        if self.count == 1:
-            return [t.inside(self.gather.sources) for t in taps]
-        return [t.shifted(self.starts[0]) for t in taps]
-
-    @property
-    def kernel_columns(self) -> list[Taps]:
-        """For each kernel column the outputs of a strip that read through it."""
-        axis = self.gather.axis
-        if self.count == 1:
-            return [axis.tap_range(k) for k in range(axis.kernel)]
-        first = self.starts[0] + axis.pad_lo
-        return [Taps(axis.dilation * k - first, axis.stride, 0, 1, 0, self.size) for k in range(axis.kernel)]
 
 
 class Plan(NamedTuple):
@@ -372,13 +270,10 @@ def _work(n: int, c: int, plan: Plan, nbytes: int) -> Work:
 
 def _to_slabs(x: jax.Array, strips: Strips, fold: int) -> jax.Array:
     """(N, H, W, C) -> (H, columns of a strip, strips and images, lanes), the last two filled up to whole slabs."""
-    n, h, size, c = x.shape
-    if strips.count > 1:
-        starts, width = strips.starts, strips.window
-        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0)] * 2 + [(-starts[0], starts[-1] + width - size, 0), (0, 0, 0)])
-        x = jnp.concatenate([x[:, :, s - starts[0] : s - starts[0] + width] for s in starts])
+    c = x.shape[-1]
+    x = strips.cut(x)
     x = jnp.pad(x, ((0, -x.shape[0] % (IMAGES * fold)), (0, 0), (0, 0), (0, 0)))
-    x = x.transpose(1, 2, 0, 3).reshape(h, x.shape[2], -1, fold * c)
+    x = x.transpose(1, 2, 0, 3).reshape(*x.shape[1:3], -1, fold * c)
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -x.shape[-1] % LANES)))
 
 

@@ -1,4 +1,4 @@
-"""Depthwise convolution as bodies over slabs, and the arithmetic of indices that they share.
+"""Depthwise convolution as bodies over slabs.
 
 A slab is what one pixel holds: (images, channels). A launcher says where slab (row, column) lies in its Refs, so the
 same body reads (row, column, image, channel) blocks on a TPU, where a slab is one vector register and no tap is ever
@@ -7,7 +7,6 @@ unaligned, and (image, row, column, channel) blocks on a GPU, where it is one re
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,107 +16,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-
-class Taps(NamedTuple):
-    """What one target reads along an axis: source + j * source_step through tap + j * tap_step, lo <= j < hi."""
-
-    source: Any
-    source_step: int
-    tap: int
-    tap_step: int
-    lo: Any
-    hi: Any
-
-    def inside(self, size: int) -> "Taps":
-        """Without the taps whose source is outside of range(size), which would read zero."""
-        step, source = abs(self.source_step), self.source
-        below, above = (-source, size - source) if self.source_step > 0 else (source - size + 1, source + 1)
-        if isinstance(source, int):
-            return self._replace(lo=max(self.lo, -(-below // step)), hi=min(self.hi, -(-above // step)))
-        ceil = lambda a: lax.div(lax.max(a + (step - 1), 0), jnp.int32(step))  # noqa: E731
-        return self._replace(lo=lax.max(jnp.int32(self.lo), ceil(below)), hi=lax.min(jnp.int32(self.hi), ceil(above)))
-
-    def shifted(self, by: Any) -> "Taps":
-        """The same taps of a source that starts `by` later."""
-        return self._replace(source=self.source - by)
-
-    def pairs(self) -> list[tuple[int, int]]:
-        """The (source, tap) pairs, when they are static."""
-        return [(self.source + j * self.source_step, self.tap + j * self.tap_step) for j in range(self.lo, self.hi)]
-
-
-class Axis(NamedTuple):
-    """One spatial axis of a convolution: output o reads input `stride * o + dilation * k - pad_lo` through tap k.
-
-    Sizes are in pixels and taps. Taps that fall outside of the input read zero, so they are never visited.
-    """
-
-    size: int
-    kernel: int
-    stride: int = 1
-    dilation: int = 1
-    pad_lo: int = 0
-    pad_hi: int = 0
-
-    @property
-    def out(self) -> int:
-        """The number of outputs; not positive when the dilated kernel is longer than the padded input."""
-        return (self.size + self.pad_lo + self.pad_hi - self.dilation * (self.kernel - 1) - 1) // self.stride + 1
-
-    @property
-    def pairs(self) -> int:
-        """How many (output, tap) pairs read a pixel of the input: the multiply-adds of this axis."""
-        return sum(max(0, t.hi - t.lo) for t in map(self.tap_range, range(self.kernel)))
-
-    def part(self, lo: int, hi: int) -> "Axis":
-        """The same outputs, through the taps lo, ..., hi - 1 alone."""
-        before, after = self.dilation * lo, self.dilation * (self.kernel - hi)
-        return self._replace(kernel=hi - lo, pad_lo=self.pad_lo - before, pad_hi=self.pad_hi - after)
-
-    def tap_range(self, k: int) -> Taps:
-        """For tap k the outputs that read a pixel through it: `source` is the input's index, `tap` the output's."""
-        return Taps(self.dilation * k - self.pad_lo, self.stride, 0, 1, 0, self.out).inside(self.size)
-
-
-class Gather(NamedTuple):
-    """An axis seen from the side that is computed: outputs from inputs, or, transposed, inputs from outputs."""
-
-    axis: Axis
-    transposed: bool = False
-
-    @property
-    def targets(self) -> int:
-        return self.axis.size if self.transposed else self.axis.out
-
-    @property
-    def sources(self) -> int:
-        return self.axis.out if self.transposed else self.axis.size
-
-    @property
-    def period(self) -> int:
-        """Targets this far apart read through the same taps."""
-        return self.axis.stride if self.transposed else 1
-
-    @property
-    def advance(self) -> int:
-        """How far the sources move from one period to the next."""
-        return 1 if self.transposed else self.axis.stride
-
-    def taps(self, target: int) -> Taps:
-        """All taps of a target, those outside of the source included."""
-        a = self.axis
-        if not self.transposed:
-            return Taps(a.stride * target - a.pad_lo, a.dilation, 0, 1, 0, a.kernel)
-        common = math.gcd(a.stride, a.dilation)
-        period, position = a.stride // common, target + a.pad_lo
-        first = next((k for k in range(period) if (position - a.dilation * k) % a.stride == 0), a.kernel)
-        count = -(-(a.kernel - first) // period)
-        return Taps((position - a.dilation * first) // a.stride, -a.dilation // common, first, period, 0, count)
-
-    def window(self, targets: int) -> tuple[int, int]:
-        """First source (for target 0) and number of sources that `targets` consecutive targets read."""
-        reads = [t.source + j * t.source_step for t in map(self.taps, range(targets)) if t.hi for j in (0, t.hi - 1)]
-        return (min(reads), max(reads) - min(reads) + 1) if reads else (0, 1)
+from pallas_kernels.windows import Rows, Taps
 
 
 class Slab(NamedTuple):
@@ -131,34 +30,6 @@ class Slab(NamedTuple):
     at: Callable[[Any, Any, Any], tuple[Any, ...]]
     channels: Callable[[Any], Any] = lambda group: slice(None)
     groups: int = 1
-
-
-class Rows(NamedTuple):
-    """Targets of a block that read through the same taps: `count` rows, `period` apart, from `first` on.
-
-    taps: what the first of them reads; each next one reads `advance` sources further on.
-    """
-
-    first: Any
-    count: int
-    taps: Taps
-    period: int = 1
-    advance: int = 0
-
-
-def equal_rows(gather: Gather, first: int, count: int) -> list[Rows]:
-    """Targets first, ..., first + count - 1 as groups that read through the same taps, numbered from 0."""
-    groups: list[Rows] = []
-    for residue in range(gather.period):
-        run: list[Rows] = []
-        for row in range(residue, count, gather.period):
-            taps = gather.taps(first + row).inside(gather.sources)
-            if run and taps.shifted(run[-1].count * gather.advance) == run[-1].taps:
-                run[-1] = run[-1]._replace(count=run[-1].count + 1)
-            else:
-                run.append(Rows(row, 1, taps, gather.period, gather.advance))
-        groups += run
-    return groups
 
 
 def correlate(

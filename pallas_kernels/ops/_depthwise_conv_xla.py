@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import lowering
-from pallas_kernels.kernels.depthwise_conv import Axis
+from pallas_kernels.windows import Axis
 
 _LANES = 8  # float32 in one of the vectors that XLA prefers on x86
 _GROUP = 32  # taps whose weights stay in registers

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import dispatch, lowering
-from pallas_kernels.kernels.depthwise_conv import Axis
+from pallas_kernels.windows import Axis
 
 Padding = str | int | Sequence[tuple[int, int]]
 
