@@ -1,7 +1,7 @@
 """Whole networks, one file a family.
 
-A family's module states its networks once, as `MODELS`: a constructor for each name. It is imported when a network is
-asked for, not when this package is.
+A family's module states its networks once, as `MODELS`: a constructor for each name. It is imported when a
+network is asked for, not when this package is.
 """
 
 import difflib
@@ -59,5 +59,7 @@ def list(pattern: str = "*") -> tuple[str, ...]:
 
 @functools.cache
 def _registry() -> dict[str, Callable[..., nnx.Module]]:
-    families = (importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
+    families = (
+        importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)
+    )
     return {name: make for family in families for name, make in family.MODELS.items()}

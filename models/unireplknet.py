@@ -1,6 +1,7 @@
-"""UniRepLKNet: a convolutional network with few, large kernels that merges into a plainer one after training."""
+"""UniRepLKNet: a network of few, large kernels that merges into a plainer one after training."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,17 +26,17 @@ _INIT = nnx.initializers.normal(0.02)
 
 
 class UniRepLKNet(nnx.Module):
-    """A pyramid of depthwise convolutions, squeeze and excite, and inverted bottlenecks with response normalization.
+    """A pyramid of large depthwise convolutions, squeeze and excite, and inverted bottlenecks.
 
-    Each block is x + gamma * BN(W2 GRN(GELU(W1 SE(BN(dw(x)))))), where dw is a `DilatedReparamConv` for a kernel of 7
-    or more, else a plain depthwise convolution. `merge` returns the same function in its deploy form: without any
-    BatchNorm, branch or layer scale.
+    Each block is x + gamma * BN(W2 GRN(GELU(W1 SE(BN(dw(x)))))), where dw is a `DilatedReparamConv` for a
+    kernel of 7 or more, else a plain depthwise convolution. `merge` returns the same function in its deploy
+    form: without any BatchNorm, branch or layer scale.
 
     Args:
       depths: number of blocks in each stage.
       dims: channels of each stage; the first stage sees the image at 1/4 of its size, each next one at half.
       kernel_sizes: for each stage K, or a pattern of Ks that its blocks repeat; odd, 3 or more.
-      num_classes: outputs of the head; None makes a backbone, without head, with a LayerNorm on each stage's output.
+      num_classes: outputs of the head; None makes a backbone: no head, a LayerNorm on each stage's output.
       in_channels: channels of the image.
       drop_path: rate of stochastic depth in the last block, growing linearly from 0 in the first.
       layer_scale: initial gamma.
@@ -45,11 +46,11 @@ class UniRepLKNet(nnx.Module):
       implementation: as in `pallas_kernels.depthwise_conv`.
       rngs: random streams.
 
-    Returns (of a call): logits (N, num_classes) for an image (N, H, W, in_channels); of a backbone, `features`.
+    Returns (of a call): logits (N, num_classes) for images (N, H, W, in_channels); of a backbone, `features`.
 
     Raises:
-      ValueError: depths, dims and kernel_sizes of different lengths; a kernel size without a table of branches; from a
-        call, an image of another shape.
+      ValueError: depths, dims and kernel_sizes of different lengths; a kernel size without a table of
+        branches; from a call, images of another shape.
 
     Example:
       >>> import jax.numpy as jnp
@@ -80,7 +81,9 @@ class UniRepLKNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if not len(depths) == len(dims) == len(kernel_sizes):
-            raise ValueError(f"got {depths=}, {dims=}, {kernel_sizes=}, expected the same number of stages in each")
+            raise ValueError(
+                f"got {depths=}, {dims=}, {kernel_sizes=}, expected the same number of stages in each"
+            )
         self.in_channels = in_channels
         self.num_classes = num_classes
 
@@ -98,7 +101,7 @@ class UniRepLKNet(nnx.Module):
         stem = nnx.Sequential(conv(in_channels, half), norm(half), _gelu, conv(half, dims[0]), norm(dims[0]))
         rates = iter(np.linspace(0, drop_path, sum(depths)).tolist())
         self.downsample_layers = nnx.data(
-            [stem, *(nnx.Sequential(conv(c, d), norm(d)) for c, d in zip(dims[:-1], dims[1:], strict=True))]
+            [stem, *(nnx.Sequential(conv(c, d), norm(d)) for c, d in itertools.pairwise(dims))]
         )
         self.stages = nnx.data(
             [
@@ -112,16 +115,16 @@ class UniRepLKNet(nnx.Module):
             self.norm = norm(dims[-1])
             self.head = nnx.Linear(dims[-1], num_classes, kernel_init=_INIT, **options)
 
-    def __call__(self, x: jax.Array) -> jax.Array | list[jax.Array]:
+    def __call__(self, x: jax.Array) -> Any:
         features = self.features(x)
         if self.num_classes is None:
             return features
         return self.head(self.norm(jnp.mean(features[-1], axis=(1, 2))))
 
     def features(self, x: jax.Array) -> list[jax.Array]:
-        """The output of every stage, (N, H / 4, W / 4, dims[0]) first; of a backbone, each through its LayerNorm."""
+        """Every stage's output, first (N, H / 4, W / 4, dims[0]); a backbone's through their LayerNorms."""
         if x.ndim != 4 or x.shape[-1] != self.in_channels:
-            raise ValueError(f"got an image of shape {x.shape}, expected (N, H, W, {self.in_channels})")
+            raise ValueError(f"got images of shape {x.shape}, expected (N, H, W, {self.in_channels})")
         outputs = []
         for downsample, blocks in zip(self.downsample_layers, self.stages, strict=True):
             x = downsample(x)
@@ -180,9 +183,9 @@ class Block(nnx.Module):
 def merge(model: UniRepLKNet) -> UniRepLKNet:
     """The deploy form of a trained network: the same function in inference, with fewer and plainer layers.
 
-    Each convolution absorbs its BatchNorms and branches; GRN's beta, the second BatchNorm and the layer scale move into
-    the kernel and the bias of the block's last Linear. Computed in float32 (float64 for float64 parameters) and rounded
-    once to the dtype of the parameters.
+    Each convolution absorbs its BatchNorms and branches; GRN's beta, the second BatchNorm and the layer scale
+    move into the kernel and the bias of the block's last Linear. Computed in float32 (float64 for float64
+    parameters) and rounded once to the dtype of the parameters.
 
     Args:
       model: in training form. It is left as it is.
@@ -208,7 +211,7 @@ def merge(model: UniRepLKNet) -> UniRepLKNet:
     return model
 
 
-def _merge_block(block: Block) -> None:
+def _merge_block(block: Any) -> None:
     if block.norm is None:
         raise ValueError("got a network in deploy form, expected one in training form")
     block.dwconv = block.dwconv.merge(block.norm)

@@ -6,7 +6,7 @@ from types import TracebackType
 
 
 class Progress:
-    """Show how far a loop is, on one line that redraws itself; outside of a terminal, a plain line now and then.
+    """Show how far a loop is: one line that redraws itself; outside of a terminal, a plain line now and then.
 
     Args:
       total: number of steps.

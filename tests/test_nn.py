@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,11 @@ def randomize(module, random):
     for path, variable in nnx.iter_graph(module):
         if isinstance(variable, nnx.Param | nnx.BatchStat):
             value = variable[...]
-            new = random.uniform(0.5, 2.0, value.shape) if path[-1] == "var" else random.normal(size=value.shape)
+            new = (
+                random.uniform(0.5, 2.0, value.shape)
+                if path[-1] == "var"
+                else random.normal(size=value.shape)
+            )
             variable[...] = jnp.asarray(new, value.dtype)
 
 
@@ -38,7 +43,7 @@ def f64(a):
 
 
 def depthwise(x, w, dilation=(1, 1)):
-    """"SAME" at stride 1, one output at a time."""
+    """ "SAME" at stride 1, one output at a time."""
     (_, height, width, _), (kh, kw, _) = x.shape, w.shape
     y = np.zeros(x.shape)
     for i in range(height):
@@ -56,9 +61,11 @@ def batch_norm(x, norm):
     return scale * (x - mean) / np.sqrt(var + 1e-5) + bias
 
 
-@pytest.mark.parametrize("shape, kernel_size, dilation", [((2, 9, 6, 3), (5, 3), (2, 1)), ((2, 7, 7, 4), 3, (1, 1))])
+@pytest.mark.parametrize(
+    "shape, kernel_size, dilation", [((2, 9, 6, 3), (5, 3), (2, 1)), ((2, 7, 7, 4), 3, (1, 1))]
+)
 def test_depthwise_conv(random, shape, kernel_size, dilation):
-    conv = nn.DepthwiseConv(shape[-1], kernel_size, dilation=dilation, rngs=nnx.Rngs(0))
+    conv: Any = nn.DepthwiseConv(shape[-1], kernel_size, dilation=dilation, rngs=nnx.Rngs(0))
     randomize(conv, random)
     x = random.normal(size=shape)
     expected = depthwise(x, f64(conv.kernel[...]), dilation) + f64(conv.bias[...])
@@ -66,7 +73,7 @@ def test_depthwise_conv(random, shape, kernel_size, dilation):
 
 
 def test_depthwise_conv_in_one_dimension_without_bias(random):
-    conv = nn.DepthwiseConv(3, (5,), use_bias=False, rngs=nnx.Rngs(0))
+    conv: Any = nn.DepthwiseConv(3, (5,), use_bias=False, rngs=nnx.Rngs(0))
     x = random.normal(size=(2, 11, 3))
     expected = depthwise(x[:, None], f64(conv.kernel[...])[None])[:, 0]
     assert conv.bias is None
@@ -82,7 +89,7 @@ def test_depthwise_conv_dtypes(random):
 
 
 def test_depthwise_conv_refuses_other_shapes():
-    conv = nn.DepthwiseConv(3, 3, rngs=nnx.Rngs(0))
+    conv: Any = nn.DepthwiseConv(3, 3, rngs=nnx.Rngs(0))
     for shape in (1, 5, 5, 4), (5, 5, 3), (1, 5, 5, 5, 3):
         with pytest.raises(ValueError, match=r"expected \(N, H, W, 3\)"):
             conv(jnp.zeros(shape))
@@ -105,7 +112,7 @@ def test_branch_tables_fit(table):
 
 @pytest.mark.parametrize("size, branches", [(7, "unireplknet"), (5, "overlock"), (9, ((3, 4), (5, 2)))])
 def test_dilated_reparam_conv_is_the_sum_of_its_branches_and_merges(random, size, branches):
-    conv = nn.DilatedReparamConv(3, size, branches=branches, rngs=nnx.Rngs(0))
+    conv: Any = nn.DilatedReparamConv(3, size, branches=branches, rngs=nnx.Rngs(0))
     randomize(conv, random)
     conv.eval()
     x = random.normal(size=(2, 8, 11, 3))
@@ -120,12 +127,13 @@ def test_dilated_reparam_conv_is_the_sum_of_its_branches_and_merges(random, size
     np.testing.assert_allclose(conv(jnp.float32(x)), expected, atol=3e-5)
     np.testing.assert_allclose(merged(jnp.float32(x)), expected, atol=3e-5)
 
-    norm = nn.BatchNorm(3, rngs=nnx.Rngs(0))
+    norm: Any = nn.BatchNorm(3, rngs=nnx.Rngs(0))
     randomize(norm, random)
     np.testing.assert_allclose(conv.merge(norm)(jnp.float32(x)), batch_norm(expected, norm), atol=1e-4)
 
 
 def test_dilated_reparam_conv_refuses():
+    options: Any
     for options, message in (
         ({"kernel_size": 14}, r"expected one of \[5, 7, 9, 11, 13, 15, 17\]"),
         ({"kernel_size": 7, "branches": "replknet"}, "'overlock', 'unireplknet'"),
@@ -137,7 +145,7 @@ def test_dilated_reparam_conv_refuses():
 
 
 def test_batch_norm_trains_and_infers(random):
-    norm = nn.BatchNorm(3, rngs=nnx.Rngs(0))
+    norm: Any = nn.BatchNorm(3, rngs=nnx.Rngs(0))
     randomize(norm, random)
     mean, var = f64(norm.mean[...]), f64(norm.var[...])
     x = random.normal(2, 3, size=(4, 5, 5, 3))
@@ -154,7 +162,7 @@ def test_batch_norm_trains_and_infers(random):
 
 
 def test_batch_norm_does_not_round_its_statistics(random):
-    norm = nn.BatchNorm(1, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    norm: Any = nn.BatchNorm(1, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     norm.eval()
     norm.mean[...] = jnp.float32([3.01])
     y = norm(jnp.full((1, 2, 1), 3, jnp.bfloat16))
@@ -163,11 +171,13 @@ def test_batch_norm_does_not_round_its_statistics(random):
 
 
 def test_fold_batch_norm(random):
-    norm = nn.BatchNorm(4, rngs=nnx.Rngs(0))
+    norm: Any = nn.BatchNorm(4, rngs=nnx.Rngs(0))
     randomize(norm, random)
     x, kernel, bias = (random.normal(size=s) for s in ((6, 5), (5, 4), (4,)))
     folded, folded_bias = nn.fold_batch_norm(jnp.float32(kernel), jnp.float32(bias), norm)
-    np.testing.assert_allclose(x @ f64(folded) + f64(folded_bias), batch_norm(x @ kernel + bias, norm), atol=1e-5)
+    np.testing.assert_allclose(
+        x @ f64(folded) + f64(folded_bias), batch_norm(x @ kernel + bias, norm), atol=1e-5
+    )
 
 
 def grn(x, gamma, beta):
@@ -181,7 +191,7 @@ def grn(x, gamma, beta):
 
 @pytest.mark.parametrize("shape", [(2, 5, 3, 6), (3, 7, 4)])
 def test_grn(random, shape):
-    layer = nn.GRN(shape[-1])
+    layer: Any = nn.GRN(shape[-1])
     np.testing.assert_array_equal(layer(jnp.ones(shape)), 1)
     randomize(layer, random)
     x = random.normal(size=shape)
@@ -191,7 +201,7 @@ def test_grn(random, shape):
 
 
 def test_grn_gradient_with_a_dead_channel(random):
-    layer = nn.GRN(4, use_bias=False)
+    layer: Any = nn.GRN(4, use_bias=False)
     randomize(layer, random)
     gamma = f64(layer.gamma[...])
     x, weights = random.normal(size=(2, 1, 3, 3, 4))
@@ -208,7 +218,7 @@ def test_grn_gradient_with_a_dead_channel(random):
 
 
 def test_grn_of_large_half_precision_numbers(random):
-    layer = nn.GRN(4, param_dtype=jnp.float16)
+    layer: Any = nn.GRN(4, param_dtype=jnp.float16)
     randomize(layer, random)
     x = np.float16(random.normal(0, 100, size=(1, 16, 16, 4)))
     expected = grn(f64(x), f64(layer.gamma[...]), f64(layer.beta[...]))
@@ -219,7 +229,7 @@ def test_grn_of_large_half_precision_numbers(random):
 
 @pytest.mark.parametrize("shape", [(2, 5, 3, 8), (3, 7, 8)])
 def test_squeeze_excite(random, shape):
-    layer = nn.SqueezeExcite(8, 2, rngs=nnx.Rngs(0))
+    layer: Any = nn.SqueezeExcite(8, 2, rngs=nnx.Rngs(0))
     randomize(layer, random)
     x = random.normal(size=shape)
     down, down_bias, up, up_bias = (

@@ -12,6 +12,8 @@ from pallas_kernels.ops.depthwise_conv import Padding, depthwise_conv
 
 Branches = tuple[tuple[int, int], ...]
 
+_LECUN_NORMAL = nnx.initializers.lecun_normal()
+
 # For each kernel size, the (size, dilation) of the branches that train beside it.
 BRANCHES: dict[str, dict[int, Branches]] = {
     "unireplknet": {
@@ -53,7 +55,7 @@ class DepthwiseConv(nnx.Module):
       kernel_init, bias_init: initializers.
       rngs: random streams.
 
-    Returns (of a call): (N, H', W', C), or (N, L', C) in one dimension, for x of shape (N, H, W, C) or (N, L, C).
+    Returns (of a call): (N, H', W', C) for x (N, H, W, C); (N, L', C) for x (N, L, C) in one dimension.
 
     Raises:
       ValueError: from a call, if x has not the C channels or the number of dimensions of the kernel.
@@ -79,8 +81,8 @@ class DepthwiseConv(nnx.Module):
         use_bias: bool = True,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
-        kernel_init: nnx.Initializer = nnx.initializers.lecun_normal(),
-        bias_init: nnx.Initializer = nnx.initializers.zeros_init(),
+        kernel_init: nnx.Initializer = _LECUN_NORMAL,
+        bias_init: nnx.Initializer = jax.nn.initializers.zeros,
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
@@ -89,7 +91,9 @@ class DepthwiseConv(nnx.Module):
             raise ValueError(f"got kernel_size={kernel_size}, expected one or two dimensions")
         shape = (*self.kernel_size, features)
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
-        self.bias = nnx.data(nnx.Param(bias_init(rngs.params(), (features,), param_dtype)) if use_bias else None)
+        self.bias = nnx.data(
+            nnx.Param(bias_init(rngs.params(), (features,), param_dtype)) if use_bias else None
+        )
         self.strides = strides if isinstance(strides, int) else tuple(strides)
         self.padding = padding if isinstance(padding, str | int) else tuple((lo, hi) for lo, hi in padding)
         self.dilation = dilation if isinstance(dilation, int) else tuple(dilation)
@@ -100,7 +104,9 @@ class DepthwiseConv(nnx.Module):
         kernel = self.kernel[...]
         if x.ndim != kernel.ndim + 1 or x.shape[-1] != kernel.shape[-1]:
             spatial = ("H", "W") if kernel.ndim == 3 else ("L",)
-            raise ValueError(f"got x of shape {x.shape}, expected ({', '.join(('N', *spatial))}, {kernel.shape[-1]})")
+            raise ValueError(
+                f"got x of shape {x.shape}, expected ({', '.join(('N', *spatial))}, {kernel.shape[-1]})"
+            )
         dtype = self.dtype or jnp.result_type(x, kernel)
         return depthwise_conv(
             x.astype(dtype),
@@ -127,8 +133,8 @@ class DepthwiseConv(nnx.Module):
 class DilatedReparamConv(nnx.Module):
     """A large depthwise convolution that trains with small dilated ones beside it, and merges into one.
 
-    y = BN_0(x * w_K) + sum_b BN_b(x *_{r_b} w_b), every convolution depthwise, "SAME" and without bias; *_r is dilated
-    by r. In inference the sum is one K x K convolution with a bias, which `merge` returns.
+    y = BN_0(x * w_K) + sum_b BN_b(x *_{r_b} w_b), every convolution depthwise, "SAME" and without bias; *_r
+    is dilated by r. In inference the sum is one K x K convolution with a bias, which `merge` returns.
 
     Args:
       features: channels C.
@@ -166,7 +172,7 @@ class DilatedReparamConv(nnx.Module):
         branches: str | Branches = "unireplknet",
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
-        kernel_init: nnx.Initializer = nnx.initializers.lecun_normal(),
+        kernel_init: nnx.Initializer = _LECUN_NORMAL,
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
@@ -187,21 +193,24 @@ class DilatedReparamConv(nnx.Module):
           norm: a BatchNorm over the C channels that follows.
 
         Returns:
-          The convolution, its parameters computed in the dtype of the statistics and rounded once to `param_dtype`.
+          The convolution; its parameters are computed in the statistics' dtype and rounded once.
         """
         (large, large_norm), *small = self._pairs()
         kernel, bias = fold_batch_norm(large.kernel[...], 0.0, large_norm)
         size = kernel.shape[0]
-        for conv, conv_norm in small:
+        for (k, r), (conv, conv_norm) in zip(self.branches, small, strict=True):
             w, b = fold_batch_norm(conv.kernel[...], 0.0, conv_norm)
-            extent = (w.shape[0] - 1) * conv.dilation + 1
-            taps = slice((size - extent) // 2, (size + extent) // 2, conv.dilation)
+            extent = (k - 1) * r + 1
+            taps = slice((size - extent) // 2, (size + extent) // 2, r)
             kernel, bias = kernel.at[taps, taps].add(w), bias + b
         return large._replace(*((kernel, bias) if norm is None else fold_batch_norm(kernel, bias, norm)))
 
     def _names(self) -> list[tuple[str, str]]:
         """The attributes, named as the keys of the published checkpoints."""
-        return [("lk_origin", "origin_bn"), *((f"dil_conv_k{k}_{r}", f"dil_bn_k{k}_{r}") for k, r in self.branches)]
+        return [
+            ("lk_origin", "origin_bn"),
+            *((f"dil_conv_k{k}_{r}", f"dil_bn_k{k}_{r}") for k, r in self.branches),
+        ]
 
     def _pairs(self) -> list[tuple[DepthwiseConv, BatchNorm]]:
         return [(getattr(self, conv), getattr(self, norm)) for conv, norm in self._names()]
@@ -210,7 +219,9 @@ class DilatedReparamConv(nnx.Module):
 def _branches(kernel_size: int, branches: str | Branches) -> Branches:
     if isinstance(branches, str):
         if branches not in BRANCHES:
-            raise ValueError(f"got branches={branches!r}, expected one of {sorted(BRANCHES)} or ((size, dilation), ...)")
+            raise ValueError(
+                f"got branches={branches!r}, expected one of {sorted(BRANCHES)} or ((size, dilation), ...)"
+            )
         if kernel_size not in BRANCHES[branches]:
             raise ValueError(
                 f"got kernel_size={kernel_size}, expected one of {sorted(BRANCHES[branches])}, "
@@ -221,7 +232,7 @@ def _branches(kernel_size: int, branches: str | Branches) -> Branches:
         extent = (k - 1) * r + 1
         if extent > kernel_size or (kernel_size - extent) % 2:
             raise ValueError(
-                f"got a branch of size {k} and dilation {r}, which spans {extent}, expected a span of the parity of, "
-                f"and no wider than, kernel_size={kernel_size}"
+                f"got a branch of size {k} and dilation {r}, which spans {extent}, "
+                f"expected a span of the parity of, and no wider than, kernel_size={kernel_size}"
             )
     return tuple((k, r) for k, r in branches)

@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+_LECUN_NORMAL = nnx.initializers.lecun_normal()
+
 
 class GRN(nnx.Module):
     """Global response normalization: channels compete by their energy over the whole image.
 
     G[c] = sqrt(sum_{space} x[..., c]^2),  N[c] = G[c] / (mean_c G + epsilon),  y = (gamma N + 1) x + beta
 
-    The sum of squares is taken in float32 or better, so that float16 does not overflow, and the gradient of a channel
-    that is zero everywhere is that of G = 0, not NaN.
+    The sum of squares is taken in float32 or better, so that float16 does not overflow, and the gradient of a
+    channel that is zero everywhere is that of G = 0, not NaN.
 
     Parameters: gamma (C,) and beta (C,), zero at first.
 
@@ -94,7 +96,7 @@ class SqueezeExcite(nnx.Module):
         activation: Callable[[jax.Array], jax.Array] = nnx.relu,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
-        kernel_init: nnx.Initializer = nnx.initializers.lecun_normal(),
+        kernel_init: nnx.Initializer = _LECUN_NORMAL,
         rngs: nnx.Rngs,
     ):
         options = {"dtype": dtype, "param_dtype": param_dtype, "kernel_init": kernel_init, "rngs": rngs}
@@ -149,7 +151,7 @@ class DropPath(nnx.Module):
 
 
 class LayerScale(nnx.Module):
-    """Scale every channel by a learned factor that starts small, so that a deep network starts near the identity.
+    """Scale every channel by a learned factor, small at first: a deep network starts near the identity.
 
     y = gamma x
 
@@ -171,7 +173,12 @@ class LayerScale(nnx.Module):
     """
 
     def __init__(
-        self, features: int, *, init: float = 1e-6, param_dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None
+        self,
+        features: int,
+        *,
+        init: float = 1e-6,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs | None = None,
     ):
         self.gamma = nnx.Param(jnp.full(features, init, param_dtype))
 

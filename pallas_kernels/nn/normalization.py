@@ -10,9 +10,9 @@ from flax import nnx
 class BatchNorm(nnx.BatchNorm):
     """Flax's BatchNorm over the last axis, in float32 or better whatever the dtype of the parameters.
 
-    Flax keeps the running statistics in float32, but since 0.12 rounds them to `dtype` before it subtracts the mean,
-    and without a `dtype` returns float32 for a bfloat16 input. This layer computes in the dtype of its statistics
-    and returns the dtype of its input, on every version.
+    Flax keeps the running statistics in float32, but since 0.12 rounds them to `dtype` before it subtracts
+    the mean, and without a `dtype` returns float32 for a bfloat16 input. This layer computes in the dtype of
+    its statistics and returns the dtype of its input, on every version.
 
     Args:
       features: channels C.
@@ -45,11 +45,16 @@ class BatchNorm(nnx.BatchNorm):
         self.mean = nnx.BatchStat(jnp.zeros(features, dtype))
         self.var = nnx.BatchStat(jnp.ones(features, dtype))
 
-    def __call__(self, x: jax.Array, **kwargs: Any) -> jax.Array:
-        return super().__call__(x.astype(jnp.promote_types(x.dtype, self.mean[...].dtype)), **kwargs).astype(x.dtype)
+    def __call__(
+        self, x: jax.Array, use_running_average: bool | None = None, *, mask: jax.Array | None = None
+    ) -> jax.Array:
+        wide = x.astype(jnp.promote_types(x.dtype, self.mean[...].dtype))
+        return super().__call__(wide, use_running_average, mask=mask).astype(x.dtype)
 
 
-def fold_batch_norm(kernel: jax.Array, bias: jax.Array | float, norm: nnx.BatchNorm) -> tuple[jax.Array, jax.Array]:
+def fold_batch_norm(
+    kernel: jax.Array, bias: jax.Array | float, norm: nnx.BatchNorm
+) -> tuple[jax.Array, jax.Array]:
     """The kernel and bias of one linear map that equals a linear map followed by a BatchNorm in inference.
 
     With s = scale / sqrt(var + epsilon): kernel' = kernel * s and bias' = norm.bias + (bias - mean) * s.
