@@ -259,7 +259,7 @@ def test_every_parameter_has_a_gradient(random):
 
 def test_training_lowers_the_loss(random):
     options = OPTIONS | {"depths": (1, 1), "drop_path": 0.2, "layer_scale": 0.1}
-    model = UniRepLKNet(**options, rngs=nnx.Rngs(0))
+    model: Any = UniRepLKNet(**options, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
     x, y = jnp.float32(random.normal(size=(8, 16, 16, 3))), jnp.arange(8) % 5
     var = f64(model.stages[1][0].norm.var)
@@ -280,7 +280,7 @@ def test_training_lowers_the_loss(random):
 
 def test_drop_path_grows_linearly():
     options = OPTIONS | {"depths": (2, 3), "drop_path": 0.4}
-    model = nnx.eval_shape(lambda: UniRepLKNet(**options, rngs=nnx.Rngs(0)))
+    model: Any = nnx.eval_shape(lambda: UniRepLKNet(**options, rngs=nnx.Rngs(0)))
     rates = [b.drop_path.rate for blocks in model.stages for b in blocks]
     np.testing.assert_allclose(rates, [0, 0.1, 0.2, 0.3, 0.4])
 
