@@ -13,9 +13,9 @@ import pytest
 from jax.experimental import pallas as pl
 
 from pallas_kernels import dispatch, lowering, testing
-from pallas_kernels.kernels.depthwise_conv import Axis
 from pallas_kernels.operators import Case, Operator
 from pallas_kernels.ops import _depthwise_conv_xla as xla
+from pallas_kernels.windows import Axis
 
 
 def case(size: int = 9, kernel: int = 7, dtype: Any = jnp.float32, images: int = 2) -> Case:

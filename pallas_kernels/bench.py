@@ -1,0 +1,223 @@
+"""Time operators side by side with other people's implementations.
+
+All contestants of a case run in one process in turns, round after round, so that what else the machine does
+hits all of them; ratios are of medians. Nothing is timed that isn't right: results are compared with the
+definition, and gradients with its derivative in a random direction, <gradient, t> = <cotangent, J t>.
+"""
+
+import csv
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import operators, testing
+from pallas_kernels.baselines import Contestant, of_jax
+from pallas_kernels.operators import Case, Operator
+from pallas_kernels.progress import Progress
+
+OURS = "pallas-kernels"
+PASSES = ("forward", "forward+backward")
+# Seconds for one pass of a case, all contestants together, and the rounds that it gets at least and at most.
+BUDGET, MIN_ROUNDS, MAX_ROUNDS = 2.0, 7, 200
+# Of checked values, relative to their root mean square: rounding is far below, mistakes far above.
+TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
+
+
+class Timing(NamedTuple):
+    """Times of one contestant in one pass of a case, in milliseconds.
+
+    low, high: the quartiles. best: the minimum, which says most on a machine that others use too.
+    ratio: how many times as long as ours it takes; ratio_low, ratio_high: the quartiles of single rounds.
+    note: why there are no times.
+    """
+
+    operator: str
+    case: str
+    what: str
+    contestant: str
+    median: float = float("nan")
+    low: float = float("nan")
+    high: float = float("nan")
+    best: float = float("nan")
+    ratio: float = float("nan")
+    ratio_low: float = float("nan")
+    ratio_high: float = float("nan")
+    rounds: int = 0
+    note: str = ""
+
+
+def run(names: list[str], *, out: str | None = None, only: str | None = None) -> int:
+    """Time operators against their baselines; print a table.
+
+    Args:
+      names: of operators.
+      out: a CSV file to write, and beside it a chart, as PNG.
+      only: time the cases with this in their name.
+
+    Returns:
+      1 if a contestant gave wrong results, else 0.
+
+    Raises:
+      ImportError: a chart is wanted, and matplotlib is missing.
+      ValueError: no case has `only` in its name.
+
+    Example:
+      >>> from pallas_kernels import bench
+      >>> bench.run(["depthwise_conv"], only="7x7 C768 K7")  # doctest: +SKIP
+    """
+    plot = _pyplot() if out else None
+    known = operators.operators()
+    jobs = [(known[n], c) for n in names for c in known[n].bench_cases() if only is None or only in c.name]
+    if not jobs:
+        raise ValueError(f"no case of {', '.join(names)} has {only!r} in its name")
+    device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPUs"
+    print(f"jax {jax.__version__} on {device}; times in ms: median [quartiles]", flush=True)
+    timings: list[Timing] = []
+    with Progress(len(jobs), "bench") as progress:
+        for operator, case in jobs:
+            rows = list(time_case(operator, case))
+            timings += rows
+            print("\n".join(map(_line, rows)), flush=True)
+            progress.advance(f"{operator.name} {case.name}")
+    if out:
+        _write(timings, Path(out), plot)
+    return int(any(t.note.startswith("wrong") for t in timings))
+
+
+def time_case(operator: Operator, case: Case) -> Iterator[Timing]:
+    """Check, then time, each contestant in each pass of a case."""
+    arguments = testing.inputs_for(case)
+    reference = jax.jit(partial(operator.reference, **case.options))
+    aval = jax.eval_shape(reference, *case.arguments)
+    cotangent = np.random.default_rng(1).normal(size=aval.shape).astype(aval.dtype)
+    contestants = {OURS: of_jax(partial(operator.function, **case.options), case)(arguments, cotangent)}
+    notes = {}
+    for name, of_case in operator.baselines.items():
+        prepare = of_case(case)
+        if prepare is None:
+            notes[name] = "can't run this"
+        else:
+            contestants[name] = prepare(arguments, cotangent)
+    passes = PASSES if case.differentiable else PASSES[:1]
+    check = _checker(reference, case, arguments, cotangent)
+    for name, contestant in list(contestants.items()):
+        calls = [contestant.forward, contestant.gradients][: len(passes)]
+        if problem := next(filter(None, (check(contestant.to_numpy(call())) for call in calls)), ""):
+            notes[name] = f"wrong: {problem}"
+            del contestants[name]
+    for what in passes:
+        for timing in _time(contestants, what):
+            yield timing._replace(operator=operator.name, case=case.name)
+        for name, note in notes.items():
+            yield Timing(operator.name, case.name, what, name, note=note)
+
+
+def _checker(
+    reference: Callable[..., jax.Array], case: Case, arguments: list[np.ndarray], cotangent: np.ndarray
+) -> Callable[[list[np.ndarray]], str]:
+    generator = np.random.default_rng(2)
+    directions = [
+        generator.normal(size=arguments[i].shape).astype(arguments[i].dtype) for i in case.differentiable
+    ]
+
+    def directional(i: int, t: np.ndarray) -> float:
+        of_one = lambda a: reference(*arguments[:i], a, *arguments[i + 1 :])  # noqa: E731
+        _, derivative = jax.jvp(of_one, (jnp.asarray(arguments[i]),), (jnp.asarray(t),))
+        return float(np.vdot(np.asarray(derivative, np.float64), cotangent.astype(np.float64)))
+
+    truth = np.asarray(reference(*arguments), np.float64)
+    slopes = [directional(i, t) for i, t in zip(case.differentiable, directions, strict=True)]
+    tolerance = TOLERANCE.get(case.arguments[0].dtype.name, 0.0)
+
+    def check(values: list[np.ndarray]) -> str:
+        out, *gradients = (v.astype(np.float64) for v in values)
+        error = np.abs(out - truth).max()
+        if not error <= 10 * tolerance * np.sqrt(np.mean(truth**2)):
+            return f"result differs by {error:.2e}"
+        for i, gradient, t, slope in zip(case.differentiable, gradients, directions, slopes, strict=False):
+            error = abs(float(np.vdot(gradient, t.astype(np.float64))) - slope)
+            if not error <= 10 * tolerance * np.linalg.norm(gradient):
+                return f"gradient of argument {i} differs by {error:.2e} along a random direction"
+        return ""
+
+    return check
+
+
+def _time(contestants: Mapping[str, Contestant], what: str) -> Iterator[Timing]:
+    runs = {n: c.forward if what == PASSES[0] else c.gradients for n, c in contestants.items()}
+    for call in runs.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    start, rounds = time.perf_counter(), 0
+    while rounds < MIN_ROUNDS or (rounds < MAX_ROUNDS and time.perf_counter() - start < BUDGET):
+        rounds += 1
+        for name, call in runs.items():
+            begin = time.perf_counter()
+            call()
+            times[name].append((time.perf_counter() - begin) * 1e3)
+    for name, spent in times.items():
+        low, median, high = np.percentile(spent, [25, 50, 75]).tolist()
+        ours = np.array(times.get(OURS, [float("nan")] * rounds))
+        ratio_low, ratio_high = np.percentile(np.array(spent) / ours, [25, 75]).tolist()
+        ratio = median / np.median(ours).item()
+        yield Timing("", "", what, name, median, low, high, min(spent), ratio, ratio_low, ratio_high, rounds)
+
+
+def _line(t: Timing) -> str:
+    head = f"{t.operator}  {t.case:28}  {t.what:16}  "
+    if t.note:
+        return f"{head}{t.note:70}  {t.contestant}"
+    spread = f"{t.median:9.3f} [{t.low:.3f}, {t.high:.3f}] best {t.best:.3f}"
+    ratio = "" if t.contestant == OURS else f"{t.ratio:.2f}x [{t.ratio_low:.2f}, {t.ratio_high:.2f}]"
+    return f"{head}{spread:46}{ratio:24}  {t.contestant}"
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError('a chart needs matplotlib: pip install "pallas-kernels[demo]"') from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plot
+
+    return plot
+
+
+def _write(timings: list[Timing], path: Path, plot: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(Timing._fields)
+        writer.writerows(timings)
+
+    # One panel a pass, one group of bars a case: how many times as long as ours each baseline takes.
+    names = [n for n in dict.fromkeys(t.contestant for t in timings if not t.note) if n != OURS]
+    cases = list(dict.fromkeys((t.operator, t.case) for t in timings))
+    figure, panels = plot.subplots(1, 2, figsize=(12, 1 + 0.35 * len(cases)), sharey=True, squeeze=False)
+    for panel, what in zip(panels[0], PASSES, strict=True):
+        for n, name in enumerate(names):
+            bars = {
+                (t.operator, t.case): t
+                for t in timings
+                if t.contestant == name and t.what == what and not t.note
+            }
+            height = 0.8 / len(names)
+            places = [cases.index(key) + height * (n + 0.5) - 0.4 for key in bars]
+            panel.barh(places, [t.ratio for t in bars.values()], height, label=name)
+        panel.axvline(1, color="black", linewidth=0.8)
+        panel.set(xscale="log", title=what, xlabel=f"time / time of {OURS}", yticks=range(len(cases)))
+        panel.set_yticklabels([case for _, case in cases])
+    panels[0][0].invert_yaxis()
+    if names:
+        panels[0][-1].legend(fontsize="small")
+    figure.savefig(path.with_suffix(".png"), dpi=150, bbox_inches="tight")
+    plot.close(figure)
+    print(f"wrote {path} and {path.with_suffix('.png')}", file=sys.stderr)

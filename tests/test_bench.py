@@ -1,0 +1,117 @@
+"""The benchmark times what is right, says what isn't, and writes what it found."""
+
+import csv
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import bench, operators
+from pallas_kernels.baselines import of_jax
+from pallas_kernels.operators import Case, Operator
+from pallas_kernels.ops._depthwise_conv_baselines import baselines
+
+X = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+
+
+def scaled(x: jax.Array, y: jax.Array, *, by: float = 2.0) -> jax.Array:
+    return by * x * jnp.sin(y)
+
+
+@jax.custom_vjp
+def half_a_gradient(x: jax.Array, y: jax.Array) -> jax.Array:
+    return scaled(x, y)
+
+
+half_a_gradient.defvjp(lambda x, y: (scaled(x, y), y), lambda y, g: (2 * g * jnp.sin(y), jnp.zeros_like(g)))  # pyright: ignore
+
+SCALED = Operator(
+    name="scaled",
+    function=lambda x, y, *, implementation=None, **options: scaled(x, y, **options),
+    reference=scaled,
+    parity_cases=lambda: [],
+    compile_cases=lambda full: [],
+    bench_cases=lambda: [Case("8x128", (X, X)), Case("8x128 by 3", (X, X), {"by": 3.0})],
+    baselines={
+        "the same": lambda case: of_jax(lambda x, y: scaled(x, y, **case.options), case),
+        "wrong": lambda case: of_jax(lambda x, y: scaled(x, y, **case.options) * 1.01, case),
+        "wrong gradient": lambda case: of_jax(half_a_gradient, case) if not case.options else None,
+    },
+)
+
+
+@pytest.fixture(autouse=True)
+def only_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "operators", lambda: {"scaled": SCALED})
+    monkeypatch.setattr(bench, "BUDGET", 0.01)
+
+
+def test_what_is_wrong_is_not_timed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert bench.run(["scaled"], out=str(tmp_path / "deep" / "times.csv"), only="by") == 1
+    with (tmp_path / "deep" / "times.csv").open() as file:
+        rows = {(row["what"], row["contestant"]): row for row in csv.DictReader(file)}
+    assert len(rows) == 8
+    assert (tmp_path / "deep" / "times.png").stat().st_size > 1000
+    for what in bench.PASSES:
+        assert float(rows[what, bench.OURS]["ratio"]) == 1
+        same = rows[what, "the same"]
+        assert 0 < float(same["best"]) <= float(same["low"]) <= float(same["median"]) <= float(same["high"])
+        assert (
+            float(same["ratio_low"]) <= float(same["ratio_high"]) and int(same["rounds"]) >= bench.MIN_ROUNDS
+        )
+        assert rows[what, "wrong"]["note"].startswith("wrong: result differs")
+        assert rows[what, "wrong gradient"]["note"] == "can't run this"
+    captured = capsys.readouterr()
+    assert "CPUs; times in ms" in captured.out and "the same" in captured.out
+    assert "bench" in captured.err and "bench" not in captured.out
+
+
+def test_wrong_gradients_are_not_timed() -> None:
+    rows = {row.contestant: row for row in bench.time_case(SCALED, SCALED.bench_cases()[0])}
+    assert rows["wrong gradient"].note.startswith("wrong: gradient of argument 1")
+    assert not rows["the same"].note
+
+
+def test_all_right_is_status_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = dataclasses.replace(SCALED, baselines={"the same": SCALED.baselines["the same"]})
+    monkeypatch.setattr(operators, "operators", lambda: {"scaled": right})
+    assert bench.run(["scaled"], only="by 3") == 0
+
+
+def test_no_such_case() -> None:
+    with pytest.raises(ValueError, match=r"no case of scaled has '9x9' in its name"):
+        bench.run(["scaled"], only="9x9")
+
+
+def test_a_missing_matplotlib_is_said_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r'pip install "pallas-kernels\[demo\]"'):
+        bench.run(["scaled"], out="times.csv")
+
+
+def test_depthwise_baselines_are_right() -> None:
+    shapes = [(2, 9, 8, 6), (5, 3, 6)]
+    case = Case("9x8", tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
+    geometry: Any = lambda case: ((2, 1), ((2, 2), (1, 1)), (1, 2))  # noqa: E731
+
+    def reference(x: jax.Array, w: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (2, 2), (1, 1), (0, 0)))
+        return sum(x[:, i : i + 9 : 2, 2 * j : 2 * j + 6] * w[i, j] for i in range(5) for j in range(3))  # pyright: ignore
+
+    function = lambda x, w, *, implementation=None: reference(x, w)  # noqa: E731
+    operator = dataclasses.replace(
+        SCALED, function=function, reference=reference, baselines=baselines(geometry)
+    )
+    rows = list(bench.time_case(operator, case))
+    assert {row.what for row in rows} == set(bench.PASSES) and len(rows) == 6
+    for row in rows:
+        assert not row.note or (row.contestant == "torch (not installed)" and row.note == "can't run this")
+
+
+def test_depthwise_baselines_leave_out_what_they_can_t_run() -> None:
+    one_dimensional = Case("9", tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in [(2, 9, 6), (3, 6)]))
+    assert all(of_case(one_dimensional) is None for of_case in baselines(lambda case: None).values())
