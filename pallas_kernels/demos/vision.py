@@ -244,7 +244,7 @@ def _draw(
         for spine in axes.spines.values():
             spine.set(color=red if miss else "#cbd2d9", linewidth=2 if miss else 0.8)
     figure.text(
-        0.04, 0.865, f"Predictions, after merging (all {len(wrong)} mistakes first)", size=11, color=ink
+        0.04, 0.865, f"Predictions after merging, mistakes first ({len(wrong)})", size=11, color=ink
     )
 
     axes = figure.add_axes((0.57, 0.555, 0.39, 0.275))
@@ -259,7 +259,7 @@ def _draw(
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#cbd2d9")
     axes.legend(frameon=False, fontsize=9, labelcolor=ink)
-    figure.text(0.57, 0.865, "Training loss of twins that differ in their kernels only", size=11, color=ink)
+    figure.text(0.57, 0.865, "Training loss of two networks trained alike", size=11, color=ink)
 
     figure.text(
         0.57, 0.455, "Effective receptive field: what moves the centre of the last map", size=11, color=ink
