@@ -243,9 +243,7 @@ def _draw(
         )
         for spine in axes.spines.values():
             spine.set(color=red if miss else "#cbd2d9", linewidth=2 if miss else 0.8)
-    figure.text(
-        0.04, 0.865, f"Predictions after merging, mistakes first ({len(wrong)})", size=11, color=ink
-    )
+    figure.text(0.04, 0.865, f"Predictions after merging, mistakes first ({len(wrong)})", size=11, color=ink)
 
     axes = figure.add_axes((0.57, 0.555, 0.39, 0.275))
     for k, values in losses.items():
