@@ -52,7 +52,9 @@ def convolve(
     plan = _plan(n, c, x.dtype.itemsize, cols, width=cols.axis.kernel)
     strips, columns = plan.strips, plan.strips.columns
     blocks = -(-rows.targets // rows.period)
-    pieces, w, bias = (_whole_blocks(a, plan) for a in (strips.cut(x), w, jnp.zeros(c) if bias is None else bias))
+    pieces, w, bias = (
+        _whole_blocks(a, plan) for a in (strips.cut(x), w, jnp.zeros(c) if bias is None else bias)
+    )
     count, height, width, lanes = pieces.shape
 
     def body(*refs: Any) -> None:
@@ -79,11 +81,15 @@ def convolve(
         num_warps=plan.num_warps,
         work=_work(n, c, rows.axis, plan, pieces, x.nbytes + n * rows.targets * cols.targets * c * x.dtype.itemsize),
     )  # fmt: skip
-    out = out[: n * strips.count, : rows.targets, :, :c].reshape(strips.count, n, rows.targets, strips.size, c)
+    out = out[: n * strips.count, : rows.targets, :, :c].reshape(
+        strips.count, n, rows.targets, strips.size, c
+    )
     return out.transpose(1, 2, 0, 3, 4).reshape(n, rows.targets, -1, c)[:, :, : cols.targets]
 
 
-def weight_gradient(x: jax.Array, g: jax.Array, rows: Axis, cols: Axis, *, interpret: Any = False) -> jax.Array:
+def weight_gradient(
+    x: jax.Array, g: jax.Array, rows: Axis, cols: Axis, *, interpret: Any = False
+) -> jax.Array:
     """The gradient of a depthwise convolution with respect to its weight, summed over images and pixels.
 
     Args:
@@ -106,10 +112,14 @@ def weight_gradient(x: jax.Array, g: jax.Array, rows: Axis, cols: Axis, *, inter
     def body(*refs: Any) -> None:
         taps = rows.tap_range(jax.lax.rem(pl.program_id(0), jnp.int32(rows.kernel)))
         tile = -(-cols.kernel // -(-cols.kernel // TILE))
-        correlate_gradient(*refs, slab=_slab(plan, slabs // parts), rows=[taps], cols=columns, tile=tile, unroll=1)
+        correlate_gradient(
+            *refs, slab=_slab(plan, slabs // parts), rows=[taps], cols=columns, tile=tile, unroll=1
+        )
 
     def spec(a: jax.Array) -> pl.BlockSpec:
-        return pl.BlockSpec((images, *a.shape[1:3], plan.channels), lambda i, c: (jax.lax.div(i, rows.kernel), 0, 0, c))
+        return pl.BlockSpec(
+            (images, *a.shape[1:3], plan.channels), lambda i, c: (jax.lax.div(i, rows.kernel), 0, 0, c)
+        )
 
     partial_sums = launch(
         body, pieces, cotangents,

@@ -70,7 +70,9 @@ def run(choice: Choice, *args: Any, name: str, xla: Callable[..., Any], tpu: Lau
     if choice.implementation == "pallas" and choice.interpret is not None:
         launcher = launchers[choice.interpret.platform]
         if isinstance(launcher, str):
-            raise NotImplementedError(f"{name}: implementation='pallas' on {choice.interpret.platform}: {launcher}")
+            raise NotImplementedError(
+                f"{name}: implementation='pallas' on {choice.interpret.platform}: {launcher}"
+            )
         return launcher(*args, interpret=choice.interpret.params)
 
     if (problem := _local_gpu_problem()) is not None:
@@ -96,8 +98,10 @@ def run(choice: Choice, *args: Any, name: str, xla: Callable[..., Any], tpu: Lau
 
 def supported_platforms(tpu: Launcher, cuda: Launcher) -> dict[str, str]:
     """For each platform, "pallas" or the reason why an operator uses XLA there."""
-    return {p: f"xla ({launcher})" if isinstance(launcher, str) else "pallas" for p, launcher in
-            {"tpu": tpu, "cuda": _local_gpu_problem() or cuda}.items()}
+    return {
+        p: f"xla ({launcher})" if isinstance(launcher, str) else "pallas"
+        for p, launcher in {"tpu": tpu, "cuda": _local_gpu_problem() or cuda}.items()
+    }
 
 
 def _guarded(name: str, launcher: Callable[..., Any], *args: Any) -> Any:

@@ -15,7 +15,9 @@ from jax.experimental.pallas import triton as pltriton
 Platform = Literal["tpu", "cuda"]
 
 # Raised when a kernel is lowered, long after the call. Users can't act on it: leaving Triton is this file's business.
-warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
+warnings.filterwarnings(
+    "ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning
+)
 
 
 class Work(NamedTuple):

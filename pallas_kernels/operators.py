@@ -53,5 +53,7 @@ def operators() -> dict[str, Operator]:
     """Every operator of the library, by name."""
     import pallas_kernels.ops as ops
 
-    modules = (importlib.import_module(f"{ops.__name__}.{m.name}") for m in pkgutil.iter_modules(ops.__path__))
+    modules = (
+        importlib.import_module(f"{ops.__name__}.{m.name}") for m in pkgutil.iter_modules(ops.__path__)
+    )
     return {m.OPERATOR.name: m.OPERATOR for m in modules if hasattr(m, "OPERATOR")}

@@ -29,7 +29,9 @@ class Taps(NamedTuple):
         if isinstance(source, int):
             return self._replace(lo=max(self.lo, -(-below // step)), hi=min(self.hi, -(-above // step)))
         ceil = lambda a: lax.div(lax.max(a + (step - 1), 0), jnp.int32(step))  # noqa: E731
-        return self._replace(lo=lax.max(jnp.int32(self.lo), ceil(below)), hi=lax.min(jnp.int32(self.hi), ceil(above)))
+        return self._replace(
+            lo=lax.max(jnp.int32(self.lo), ceil(below)), hi=lax.min(jnp.int32(self.hi), ceil(above))
+        )
 
     def shifted(self, by: Any) -> "Taps":
         """The same taps of a source that starts `by` later."""
@@ -37,7 +39,10 @@ class Taps(NamedTuple):
 
     def pairs(self) -> list[tuple[int, int]]:
         """The (source, tap) pairs, when they are static."""
-        return [(self.source + j * self.source_step, self.tap + j * self.tap_step) for j in range(self.lo, self.hi)]
+        return [
+            (self.source + j * self.source_step, self.tap + j * self.tap_step)
+            for j in range(self.lo, self.hi)
+        ]
 
 
 class Axis(NamedTuple):
@@ -56,7 +61,9 @@ class Axis(NamedTuple):
     @property
     def out(self) -> int:
         """The number of outputs; not positive when the dilated kernel is longer than the padded input."""
-        return (self.size + self.pad_lo + self.pad_hi - self.dilation * (self.kernel - 1) - 1) // self.stride + 1
+        return (
+            self.size + self.pad_lo + self.pad_hi - self.dilation * (self.kernel - 1) - 1
+        ) // self.stride + 1
 
     @property
     def pairs(self) -> int:
@@ -106,11 +113,18 @@ class Gather(NamedTuple):
         period, position = a.stride // common, target + a.pad_lo
         first = next((k for k in range(period) if (position - a.dilation * k) % a.stride == 0), a.kernel)
         count = -(-(a.kernel - first) // period)
-        return Taps((position - a.dilation * first) // a.stride, -a.dilation // common, first, period, 0, count)
+        return Taps(
+            (position - a.dilation * first) // a.stride, -a.dilation // common, first, period, 0, count
+        )
 
     def window(self, targets: int) -> tuple[int, int]:
         """First source (for target 0) and number of sources that `targets` consecutive targets read."""
-        reads = [t.source + j * t.source_step for t in map(self.taps, range(targets)) if t.hi for j in (0, t.hi - 1)]
+        reads = [
+            t.source + j * t.source_step
+            for t in map(self.taps, range(targets))
+            if t.hi
+            for j in (0, t.hi - 1)
+        ]
         return (min(reads), max(reads) - min(reads) + 1) if reads else (0, 1)
 
 
@@ -154,13 +168,19 @@ class Blocks(NamedTuple):
 
     @property
     def window(self) -> int:
-        return min(self.gather.sources, self.gather.window(self.size)[1]) if self.count > 1 else self.gather.sources
+        return (
+            min(self.gather.sources, self.gather.window(self.size)[1])
+            if self.count > 1
+            else self.gather.sources
+        )
 
     def start(self, block: Any) -> Any:
         """The first source of a block; traced if `block` is. Kept inside, so that nothing needs padding."""
         if self.count == 1:
             return 0
-        start = block * (self.size // self.gather.period * self.gather.advance) + self.gather.window(self.size)[0]
+        start = (
+            block * (self.size // self.gather.period * self.gather.advance) + self.gather.window(self.size)[0]
+        )
         if isinstance(block, int):
             return min(max(start, 0), self.gather.sources - self.window)
         return jnp.clip(start, 0, self.gather.sources - self.window)

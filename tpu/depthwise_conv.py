@@ -72,6 +72,7 @@ def convolve(
     """
     n, _, _, c = x.shape
     dtype = dtype or x.dtype
+    x = _without_float16(x)
     plan = _plan(n, c, x.dtype.itemsize, rows, cols, gradient=False)
     if plan is None:
         parts = [
@@ -98,13 +99,15 @@ def convolve(
         grid=(images // IMAGES, lanes // (LANES * groups), blocks.count),
         in_specs=[_window_spec(blocks, strips, IMAGES, LANES * groups), *(_whole_spec(a, groups) for a in weights)],
         out_specs=_block_spec(blocks, strips, IMAGES, LANES * groups),
-        out_shape=jax.ShapeDtypeStruct((rows.targets, strips.size, images, lanes), dtype),
+        out_shape=jax.ShapeDtypeStruct((rows.targets, strips.size, images, lanes), x.dtype if dtype == jnp.float16 else dtype),
         work=_work(n, c, plan, x.nbytes + n * rows.targets * cols.targets * c * dtype.itemsize + w.nbytes),
     )  # fmt: skip
-    return _from_slabs(out, n, c, cols.targets, strips, fold)
+    return _from_slabs(out, n, c, cols.targets, strips, fold).astype(dtype)
 
 
-def weight_gradient(x: jax.Array, g: jax.Array, rows: Axis, cols: Axis, *, interpret: Any = False) -> jax.Array:
+def weight_gradient(
+    x: jax.Array, g: jax.Array, rows: Axis, cols: Axis, *, interpret: Any = False
+) -> jax.Array:
     """The gradient of a depthwise convolution with respect to its weight, summed over images and pixels.
 
     Args:
@@ -115,10 +118,13 @@ def weight_gradient(x: jax.Array, g: jax.Array, rows: Axis, cols: Axis, *, inter
       (KH, KW, C), float32.
     """
     n, _, _, c = x.shape
+    x, g = _without_float16(x), _without_float16(g)
     plan = _plan(n, c, x.dtype.itemsize, Gather(rows), Gather(cols), gradient=True)
     if plan is None:
         halves = _halves(Gather(rows))
-        return jnp.concatenate([weight_gradient(x, g, part.axis, cols, interpret=interpret) for _, part in halves])
+        return jnp.concatenate(
+            [weight_gradient(x, g, part.axis, cols, interpret=interpret) for _, part in halves]
+        )
     blocks, strips, fold, groups, unroll = plan
     columns = strips.kernel_columns
     slabs, cotangents = (_to_slabs(a, s, fold) for a, s in ((x, strips), (g, strips.of_targets())))
@@ -148,7 +154,9 @@ def weight_gradient(x: jax.Array, g: jax.Array, rows: Axis, cols: Axis, *, inter
 
 def _channel_slab(groups: int) -> Slab:
     lanes = lambda group: pl.ds(group * LANES, LANES)  # noqa: E731
-    return Slab((IMAGES, LANES), lambda row, column, group: (row, column, slice(None), lanes(group)), lanes, groups)
+    return Slab(
+        (IMAGES, LANES), lambda row, column, group: (row, column, slice(None), lanes(group)), lanes, groups
+    )
 
 
 def _image_slab(groups: int) -> Slab:
@@ -242,7 +250,9 @@ def _launch_cycles(n: int, c: int, itemsize: int, plan: Plan, gradient: bool) ->
         cycles += ITERATION * blocks.gather.axis.kernel / GROUPS * (groups > 1)
     exposed = _vmem_bytes(plan, itemsize, gradient) / 2 / BANDWIDTH
     pixel = slabs * IMAGES * LANES * itemsize / BANDWIDTH
-    copied = 0 if strips.count == fold == 1 and n % IMAGES == c % LANES == 0 else pixel * blocks.gather.sources
+    copied = (
+        0 if strips.count == fold == 1 and n % IMAGES == c % LANES == 0 else pixel * blocks.gather.sources
+    )
     return max(slabs * cycles + programs * start, programs * exposed) + exposed + 2 * copied * strips.window
 
 
@@ -282,6 +292,11 @@ def _from_slabs(o: jax.Array, n: int, c: int, width: int, strips: Strips, fold: 
     o = o[..., : fold * c].reshape(h, size, -1, c)[:, :, : n * strips.count]
     o = o.reshape(h, size, strips.count, n, c).transpose(3, 0, 2, 1, 4)
     return o.reshape(n, h, -1, c)[:, :, :width]
+
+
+def _without_float16(x: jax.Array) -> jax.Array:
+    """TPUs can't even load float16; float32 holds all of it, bfloat16 would not."""
+    return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
 
 
 def _to_lanes(a: jax.Array, fold: int, lanes: int) -> jax.Array:
