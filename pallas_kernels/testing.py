@@ -204,7 +204,11 @@ def check_operator(operator: Operator) -> Iterator[Result]:
         blind = _message(lambda reference=reference, inputs=trials[0]: assert_sensitive(reference, inputs))
         for name, implementation, context in _implementations():
             options = {**case.options, "implementation": implementation}
-            function = jax.jit(functools.partial(operator.function, **options))
+            # What an interpreted kernel becomes is a long program to compile, and a short one to run.
+            compiler_options = {"xla_backend_optimization_level": "0"} if "interpreted" in name else None
+            function = jax.jit(
+                functools.partial(operator.function, **options), compiler_options=compiler_options
+            )
             try:
                 with context():
                     parities = [

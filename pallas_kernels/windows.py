@@ -27,7 +27,8 @@ class Taps(NamedTuple):
         step, source = abs(self.source_step), self.source
         below, above = (-source, size - source) if self.source_step > 0 else (source - size + 1, source + 1)
         if isinstance(source, int):
-            return self._replace(lo=max(self.lo, -(-below // step)), hi=min(self.hi, -(-above // step)))
+            lo = max(self.lo, -(-below // step))
+            return self._replace(lo=lo, hi=max(lo, min(self.hi, -(-above // step))))
         ceil = lambda a: lax.div(lax.max(a + (step - 1), 0), jnp.int32(step))  # noqa: E731
         return self._replace(
             lo=lax.max(jnp.int32(self.lo), ceil(below)), hi=lax.min(jnp.int32(self.hi), ceil(above))
@@ -68,7 +69,13 @@ class Axis(NamedTuple):
     @property
     def pairs(self) -> int:
         """How many (output, tap) pairs read a pixel of the input: the multiply-adds of this axis."""
-        return sum(max(0, t.hi - t.lo) for t in map(self.tap_range, range(self.kernel)))
+        return sum(t.hi - t.lo for t in map(self.tap_range, range(self.kernel)))
+
+    @property
+    def live(self) -> tuple[int, int]:
+        """The first and the last tap, plus one, that read the input at all: of 31 taps on 7 pixels, 13 do."""
+        taps = [k for k in range(self.kernel) for t in (self.tap_range(k),) if t.lo < t.hi] or [0]
+        return taps[0], taps[-1] + 1
 
     def part(self, lo: int, hi: int) -> "Axis":
         """The same outputs, through the taps lo, ..., hi - 1 alone."""
@@ -203,12 +210,14 @@ class Blocks(NamedTuple):
     def kernel_rows(self, block: int) -> list[Taps]:
         """For each kernel row the outputs of a block that read through it, counted from the block's first."""
         axis, targets, start = self.gather.axis, self.targets(block), self.start(block)
-        through = map(axis.tap_range, range(axis.kernel))
-        return [
-            Taps(t.source + targets.start * axis.stride - start, axis.stride, 0, 1,
-                 max(t.lo - targets.start, 0), min(t.hi - targets.start, len(targets)))
-            for t in through
-        ]  # fmt: skip
+        kernel_rows = []
+        for k in range(axis.kernel):
+            through = axis.tap_range(k)
+            lo = max(through.lo - targets.start, 0)
+            hi = max(lo, min(through.hi - targets.start, len(targets)))
+            source = through.source + targets.start * axis.stride - start
+            kernel_rows.append(Taps(source, axis.stride, 0, 1, lo, hi))
+        return kernel_rows
 
 
 class Strips(NamedTuple):

@@ -36,9 +36,8 @@ Axes = tuple[Axis, ...]  # rows, columns
 def forward(x: jax.Array, w: jax.Array, bias: jax.Array | None, axes: Axes) -> jax.Array:
     """The convolution of x (N, H, W, C) with w (KH, KW, C), plus bias (C), in x's dtype."""
     dtype = _accumulator(x.dtype)
-    (top, left), live = _live_taps(axes)
-    w = w[top : top + live[0].kernel, left : left + live[1].kernel, None].astype(dtype)
-    y = _correlate(x.astype(dtype), w, live)
+    w = w[:, :, None].astype(dtype)
+    y = _correlate(x.astype(dtype), w, axes)
     return (y if bias is None else y + bias.astype(dtype)).astype(x.dtype)
 
 
@@ -48,8 +47,7 @@ def input_gradient(g: jax.Array, w: jax.Array, axes: Axes) -> jax.Array:
     It is a convolution of g, spread by the strides, with the flipped kernel.
     """
     dtype = _accumulator(g.dtype)
-    (top, left), live = _live_taps(axes)
-    w = w[top : top + live[0].kernel, left : left + live[1].kernel, None].astype(dtype)
+    w = w[:, :, None].astype(dtype)
     spread = lax.pad(
         g.astype(dtype), jnp.zeros((), dtype), ((0, 0, 0), *((0, 0, a.stride - 1) for a in axes), (0, 0, 0))
     )
@@ -62,7 +60,7 @@ def input_gradient(g: jax.Array, w: jax.Array, axes: Axes) -> jax.Array:
             a.dilation * (a.kernel - 1) - a.pad_lo,
             a.size,
         )
-        for a in live
+        for a in axes
     )
     return _correlate(spread, w[::-1, ::-1], transposed).astype(g.dtype)
 
@@ -73,11 +71,8 @@ def weight_gradient(x: jax.Array, g: jax.Array, axes: Axes) -> jax.Array:
     Output pixels and taps change places, strides and dilations too: g is the kernel, another for each image.
     """
     dtype = _accumulator(x.dtype)
-    (top, left), live = _live_taps(axes)
-    swapped = tuple(_axis_for(a.size, a.out, a.dilation, a.stride, a.pad_lo, a.kernel) for a in live)
-    dw = _correlate(x.astype(dtype), g.astype(dtype).transpose(1, 2, 0, 3), swapped).sum(0)
-    (rows, cols), (kh, kw) = axes, dw.shape[:2]
-    return jnp.pad(dw, ((top, rows.kernel - top - kh), (left, cols.kernel - left - kw), (0, 0)))
+    swapped = tuple(_axis_for(a.size, a.out, a.dilation, a.stride, a.pad_lo, a.kernel) for a in axes)
+    return _correlate(x.astype(dtype), g.astype(dtype).transpose(1, 2, 0, 3), swapped).sum(0)
 
 
 def _accumulator(dtype: jnp.dtype) -> jnp.dtype:
@@ -94,25 +89,6 @@ def _axis_for(size: int, kernel: int, stride: int, dilation: int, pad_lo: int, o
         pad_lo,
         stride * (out - 1) + dilation * (kernel - 1) + 1 - size - pad_lo,
     )
-
-
-def _live_taps(axes: Axes) -> tuple[tuple[int, ...], Axes]:
-    """The first tap of each axis that reads the input, and the axes cut to the taps from it to the last such.
-
-    Of a 31 x 31 kernel on 7 x 7 pixels, 13 x 13 are left.
-    """
-
-    def cut(axis: Axis) -> tuple[int, Axis]:
-        first_read, last_read = -axis.pad_lo, axis.stride * (axis.out - 1) - axis.pad_lo
-        taps = [k * axis.dilation for k in range(axis.kernel)]
-        live = [k for k, tap in enumerate(taps) if first_read + tap < axis.size and last_read + tap >= 0] or [
-            0
-        ]
-        pad_lo = axis.pad_lo - axis.dilation * live[0]
-        return live[0], _axis_for(axis.size, len(live), axis.stride, axis.dilation, pad_lo, axis.out)
-
-    first, cut_axes = zip(*map(cut, axes), strict=True)
-    return first, cut_axes
 
 
 def _parts(length: int, at_most: int) -> tuple[int, int]:

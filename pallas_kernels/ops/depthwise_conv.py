@@ -76,7 +76,11 @@ def depthwise_conv(
     axes = _axes(x, w, strides, padding, dilation, bias)
     arrays = lowering.make_varying(*(jnp.asarray(a) for a in (x, w, bias) if a is not None))
     x, w, b = (*arrays, None)[:3]
-    y = _convolve(*_as_images(x, w), b, axes, choice)
+    images, kernel = _as_images(x, w)
+    # Taps that only ever read padding have no part in anything that follows.
+    (top, bottom), (left, right) = (axis.live for axis in axes)
+    live = axes[0].part(top, bottom), axes[1].part(left, right)
+    y = _convolve(images, kernel[top:bottom, left:right], b, live, choice)
     return y if x.ndim == 4 else y[:, 0]
 
 
@@ -149,7 +153,7 @@ def reference(
     """The definition: one shifted, strided product for every tap of the kernel, summed in float32 at least."""
     rows, cols = _axes(x, w, strides, padding, dilation, bias)
     dtype = _accumulator(x)
-    images, kernel = _as_images(x.astype(dtype), w.astype(dtype))
+    images, kernel = _as_images(jnp.asarray(x, dtype), jnp.asarray(w, dtype))
     padded = lax.pad(
         images, dtype.type(0), [(0, 0, 0), *((a.pad_lo, a.pad_hi, 0) for a in (rows, cols)), (0, 0, 0)]
     )
