@@ -204,15 +204,12 @@ def check_operator(operator: Operator) -> Iterator[Result]:
         blind = _message(lambda reference=reference, inputs=trials[0]: assert_sensitive(reference, inputs))
         for name, implementation, context in _implementations():
             options = {**case.options, "implementation": implementation}
-            # What an interpreted kernel becomes is a long program to compile, and a short one to run.
-            compiler_options = {"xla_backend_optimization_level": "0"} if "interpreted" in name else None
-            function = jax.jit(
-                functools.partial(operator.function, **options), compiler_options=compiler_options
-            )
+            function = jax.jit(functools.partial(operator.function, **options))
+            evaluate = _evaluate_unoptimized if "interpreted" in name else _evaluate
             try:
                 with context():
                     parities = [
-                        _compare(function, arguments, case.differentiable, e)
+                        _compare(function, arguments, case.differentiable, e, evaluate)
                         for arguments, e in zip(trials, expected, strict=True)
                     ]
             except NotImplementedError:
@@ -274,8 +271,8 @@ def _evaluate(function: Function, arguments: Arrays, differentiable: Sequence[in
     return [out, *vjp(jnp.asarray(cotangent, out.dtype))]
 
 
-# Definitions are long programs that run a few times: a third of the time to compile.
-_define = jax.jit(
+# Definitions and interpreted kernels are long programs that run a few times: a third of the time to compile.
+_evaluate_unoptimized = jax.jit(
     _evaluate,
     static_argnums=(0, 2),
     compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
@@ -284,10 +281,10 @@ _define = jax.jit(
 
 def _expect(reference: Function, arguments: Arrays, differentiable: Sequence[int]) -> _Expected:
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        plain = _define(reference, list(arguments), tuple(differentiable))
+        plain = _evaluate_unoptimized(reference, list(arguments), tuple(differentiable))
         with _x64():
             wide = [_widened(np.asarray(a)) for a in arguments]
-            truth = [np.asarray(v) for v in _define(reference, wide, tuple(differentiable))]
+            truth = [np.asarray(v) for v in _evaluate_unoptimized(reference, wide, tuple(differentiable))]
     return _Expected(truth, [np.asarray(v) for v in plain], [jax.typeof(v) for v in plain])
 
 
@@ -296,11 +293,15 @@ def _widened(x: np.ndarray) -> np.ndarray:
 
 
 def _compare(
-    candidate: Function, arguments: Arrays, differentiable: Sequence[int], expected: _Expected
+    candidate: Function,
+    arguments: Arrays,
+    differentiable: Sequence[int],
+    expected: _Expected,
+    evaluate: Callable[..., list[Any]] = _evaluate,
 ) -> Parity:
     given = [jnp.array(a) for a in arguments]
     before = [np.array(a) for a in given]
-    runs = [_evaluate(candidate, given, differentiable) for _ in range(RUNS)]
+    runs = [evaluate(candidate, given, tuple(differentiable)) for _ in range(RUNS)]
     names = ["result", *(f"gradient of argument {i}" for i in differentiable)]
     shares, problems = [], []
     for i, name in enumerate(names):
@@ -377,7 +378,7 @@ def _impostors(reference: Function, arguments: Arrays, expected: _Expected) -> I
             half[len(a) // 2 :] = 0
             yield (
                 f"half of argument {i}",
-                _define(reference, [*arguments[:i], half, *arguments[i + 1 :]], ())[0],
+                _evaluate_unoptimized(reference, [*arguments[:i], half, *arguments[i + 1 :]], ())[0],
             )
 
 
