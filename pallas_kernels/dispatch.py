@@ -34,7 +34,7 @@ interpreting = jax.make_user_context(None)
 
 
 class Choice(NamedTuple):
-    """How one call of an operator runs. Hashable, so that it goes through `jit` and `custom_vjp` as a static argument."""
+    """How one call of an operator runs. Hashable: a static argument of `jit` and `custom_vjp`."""
 
     implementation: Implementation | None
     interpret: Interpret | None
@@ -113,7 +113,7 @@ def _guarded(name: str, launcher: Callable[..., Any], *args: Any) -> Any:
 
 
 def _local_gpu_problem() -> str | None:
-    """Why this machine's GPU can't run Triton kernels; None if it can, or if there is none (then we lower for another)."""
+    """Why this machine's GPU can't run Triton kernels; None if it can, or if it has none: then we lower for others."""
     if jax.default_backend() != "gpu":
         return None
     capability = getattr(jax.devices()[0], "compute_capability", None)

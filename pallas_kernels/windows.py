@@ -142,7 +142,7 @@ class Rows(NamedTuple):
     """
 
     first: Any
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
     taps: Taps
     period: int = 1
     advance: int = 0
@@ -170,7 +170,7 @@ class Blocks(NamedTuple):
     size: int
 
     @property
-    def count(self) -> int:
+    def count(self) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
         return -(-self.gather.targets // self.size)
 
     @property
@@ -227,7 +227,7 @@ class Strips(NamedTuple):
     size: int
 
     @property
-    def count(self) -> int:
+    def count(self) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
         return -(-self.gather.targets // self.size)
 
     @property

@@ -211,11 +211,16 @@ def _weight_gradient_backward(axes: Axes, choice: dispatch.Choice, saved: Any, d
     return _input_gradient(g, dw, axes, choice), _convolve(x, dw, None, axes, choice)
 
 
-_convolve.defvjp(
+# To pyright, what `partial` decorates is a plain function.
+_convolve.defvjp(  # pyright: ignore[reportFunctionMemberAccess]
     lambda x, w, b, axes, choice: (_convolve(x, w, b, axes, choice), (x, w, b)), _convolve_backward
 )
-_input_gradient.defvjp(lambda g, w, *a: (_input_gradient(g, w, *a), (g, w)), _input_gradient_backward)
-_weight_gradient.defvjp(lambda x, g, *a: (_weight_gradient(x, g, *a), (x, g)), _weight_gradient_backward)
+_input_gradient.defvjp(  # pyright: ignore[reportFunctionMemberAccess]
+    lambda g, w, *a: (_input_gradient(g, w, *a), (g, w)), _input_gradient_backward
+)
+_weight_gradient.defvjp(  # pyright: ignore[reportFunctionMemberAccess]
+    lambda x, g, *a: (_weight_gradient(x, g, *a), (x, g)), _weight_gradient_backward
+)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
@@ -293,13 +298,16 @@ def _axes(x: Any, w: Any, strides: Any, padding: Padding, dilation: Any, bias: A
     strides, dilation = (_per_axis(name, v, n) for name, v in (("strides", strides), ("dilation", dilation)))
     kernel = w.shape[:-1]
     pads = _pads(padding, x.shape[1:-1], kernel, strides, dilation)
-    axes = tuple(Axis(*a, *p) for *a, p in zip(x.shape[1:-1], kernel, strides, dilation, pads, strict=True))
+    axes = [
+        Axis(size, k, s, d, *p)
+        for size, k, s, d, p in zip(x.shape[1:-1], kernel, strides, dilation, pads, strict=True)
+    ]
     if min(axis.out for axis in axes) < 1:
         raise ValueError(
             f"depthwise_conv: the output would be empty: kernel {kernel} with dilation {dilation} is larger than the "
             f"image {x.shape[1:-1]} padded by {tuple(pads)}"
         )
-    return axes if n == 2 else (Axis(1, 1), axes[0])
+    return (axes[0], axes[1]) if n == 2 else (Axis(1, 1), axes[0])
 
 
 def _per_axis(name: str, value: Any, n: int) -> tuple[int, ...]:
@@ -320,8 +328,8 @@ def _pads(padding: Padding, size: Any, kernel: Any, strides: Any, dilation: Any)
         return [(padding, padding)] * len(size)
     if isinstance(padding, str) or len(padding) != len(size) or any(len(p) != 2 for p in padding):
         raise ValueError(
-            "depthwise_conv: `padding` must be 'SAME', 'SAME_LOWER', 'VALID', 'CAUSAL' (one dimension only), an int, or "
-            f"{len(size)} (before, after) pairs, got {padding!r}"
+            "depthwise_conv: `padding` must be 'SAME', 'SAME_LOWER', 'VALID', 'CAUSAL' (one dimension only), an int, "
+            f"or {len(size)} (before, after) pairs, got {padding!r}"
         )
     return [(int(lo), int(hi)) for lo, hi in padding]
 
