@@ -126,12 +126,8 @@ class Gather(NamedTuple):
 
     def window(self, targets: int) -> tuple[int, int]:
         """First source (for target 0) and number of sources that `targets` consecutive targets read."""
-        reads = [
-            t.source + j * t.source_step
-            for t in map(self.taps, range(targets))
-            if t.hi
-            for j in (0, t.hi - 1)
-        ]
+        edges = {*range(min(self.period, targets)), *range(max(0, targets - self.period), targets)}
+        reads = [t.source + j * t.source_step for t in map(self.taps, edges) if t.hi for j in (0, t.hi - 1)]
         return (min(reads), max(reads) - min(reads) + 1) if reads else (0, 1)
 
 
@@ -252,7 +248,8 @@ class Strips(NamedTuple):
         taps = [self.gather.taps(t) for t in range(self.size)]
         if self.count == 1:
             return [t.inside(self.gather.sources) for t in taps]
-        return [t.shifted(self.starts[0]) for t in taps]
+        first = self.starts[0]
+        return [t.shifted(first) for t in taps]
 
     @property
     def kernel_columns(self) -> list[Taps]:

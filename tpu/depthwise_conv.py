@@ -71,8 +71,8 @@ def convolve(
       (N, targets of rows, targets of cols, C).
     """
     n, _, _, c = x.shape
-    dtype = dtype or x.dtype
-    x = _without_float16(x)
+    dtype = jnp.dtype(dtype or x.dtype)
+    x = x.astype(_loadable(x.dtype))
     plan = _plan(n, c, x.dtype.itemsize, rows, cols, gradient=False)
     if plan is None:
         parts = [
@@ -99,7 +99,7 @@ def convolve(
         grid=(images // IMAGES, lanes // (LANES * groups), blocks.count),
         in_specs=[_window_spec(blocks, strips, IMAGES, LANES * groups), *(_whole_spec(a, groups) for a in weights)],
         out_specs=_block_spec(blocks, strips, IMAGES, LANES * groups),
-        out_shape=jax.ShapeDtypeStruct((rows.targets, strips.size, images, lanes), x.dtype if dtype == jnp.float16 else dtype),
+        out_shape=jax.ShapeDtypeStruct((rows.targets, strips.size, images, lanes), _loadable(dtype)),
         work=_work(n, c, plan, x.nbytes + n * rows.targets * cols.targets * c * dtype.itemsize + w.nbytes),
     )  # fmt: skip
     return _from_slabs(out, n, c, cols.targets, strips, fold).astype(dtype)
@@ -118,7 +118,7 @@ def weight_gradient(
       (KH, KW, C), float32.
     """
     n, _, _, c = x.shape
-    x, g = _without_float16(x), _without_float16(g)
+    x, g = (a.astype(_loadable(a.dtype)) for a in (x, g))
     plan = _plan(n, c, x.dtype.itemsize, Gather(rows), Gather(cols), gradient=True)
     if plan is None:
         halves = _halves(Gather(rows))
@@ -173,6 +173,7 @@ def _plan(n: int, c: int, itemsize: int, rows: Gather, cols: Gather, *, gradient
     costs = (
         (_launch_cycles(n, c, itemsize, plan, gradient), plan)
         for strips in _strip_choices(cols)
+        if _width(strips, gradient) <= CODE_BUDGET
         for blocks in _block_choices(rows)
         for unroll in (1, 2, 4, 64)
         for fold in {1, *(f for f in (2, 4, 8, 16, 32) if f <= n * strips.count and f * c <= 8 * LANES)}
@@ -202,7 +203,7 @@ def _group_choices(n: int, c: int, plan: Plan, gradient: bool) -> Iterator[int]:
 
 def _strip_choices(cols: Gather) -> Iterator[Strips]:
     periods = -(-cols.targets // cols.period)
-    sizes = {-(-periods // count) * cols.period for count in range(1, min(periods, 64) + 1)}
+    sizes = {-(-periods // count) * cols.period for count in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64, 256, 1024)}
     yield from (Strips(cols, min(size, cols.targets)) for size in sorted(sizes, reverse=True))
 
 
@@ -212,30 +213,41 @@ def _block_choices(rows: Gather) -> Iterator[Blocks]:
     yield from (Blocks(rows, size) for size in sizes if size < rows.targets)
 
 
-@functools.lru_cache(maxsize=4096)
 def _program(blocks: Blocks, strips: Strips, unroll: int, gradient: bool) -> tuple[int, float, bool]:
     """Multiply-adds in the code for a slab; cycles for all of its blocks; whether the code holds a loop."""
     tiles = -(-(strips.gather.axis.kernel if gradient else strips.size) // TILE)
-    width = sum(t.hi - t.lo for t in (strips.kernel_columns if gradient else strips.columns))
+    width = _width(strips, gradient)
     code, cycles, has_loop = 0, 0.0, False
-    for block, same in blocks.kinds().items():
-        # (how often the code stands there, iterations, multiply-adds of one, iterations unrolled)
-        if gradient:
-            loops = [(1, max(t.hi - t.lo, 0), width, unroll) for t in blocks.kernel_rows(block)]
-        else:
-            reads = [(r.count, max(r.taps.hi - r.taps.lo, 0)) for r in blocks.rows(block)]
-            loops = [
-                (1, count, taps * width, 1) if count >= EQUAL_ROWS else (count, taps, width, unroll)
-                for count, taps in reads
-            ]
-        for copies, iterations, multiply_adds, unrolled in loops:
-            chunks = iterations // unrolled
-            inline = iterations if chunks < 2 else unrolled + iterations % unrolled
-            code += copies * inline * multiply_adds
-            has_loop |= chunks > 1
-            overhead = tiles * ITERATION * (chunks if chunks > 1 else 0)
-            cycles += len(same) * copies * (iterations * multiply_adds / MULTIPLY_ADDS + overhead)
+    for same, copies, iterations, rows in _loops(blocks, gradient):
+        unrolled = unroll if rows == 1 else 1
+        chunks = iterations // unrolled
+        inline = iterations if chunks < 2 else unrolled + iterations % unrolled
+        code += copies * inline * rows * width
+        has_loop |= chunks > 1
+        overhead = tiles * ITERATION * (chunks if chunks > 1 else 0)
+        cycles += same * copies * (iterations * rows * width / MULTIPLY_ADDS + overhead)
     return code, cycles, has_loop
+
+
+@functools.lru_cache(maxsize=4096)
+def _width(strips: Strips, gradient: bool) -> int:
+    """Multiply-adds between one row of pixels and one of the kernel."""
+    return sum(t.hi - t.lo for t in (strips.kernel_columns if gradient else strips.columns))
+
+
+@functools.lru_cache(maxsize=4096)
+def _loops(blocks: Blocks, gradient: bool) -> list[tuple[int, int, int, int]]:
+    """(blocks that run it, times that it stands in the code, iterations, rows of each) for every loop."""
+    loops = []
+    for block, same in blocks.kinds().items():
+        if gradient:
+            loops += [(len(same), 1, t.hi - t.lo, 1) for t in blocks.kernel_rows(block)]
+            continue
+        for r in blocks.rows(block):
+            taps = r.taps.hi - r.taps.lo
+            over_rows = r.count >= EQUAL_ROWS
+            loops.append((len(same), 1, r.count, taps) if over_rows else (len(same), r.count, taps, 1))
+    return loops
 
 
 def _launch_cycles(n: int, c: int, itemsize: int, plan: Plan, gradient: bool) -> float:
@@ -270,11 +282,10 @@ def _vmem_bytes(plan: Plan, itemsize: int, gradient: bool) -> int:
 
 def _work(n: int, c: int, plan: Plan, nbytes: int) -> Work:
     rows, strips = plan.blocks.gather.axis, plan.strips
-    columns = sum(t.hi - t.lo for t in strips.columns)
     return Work(
         flops=2 * n * c * rows.pairs * strips.gather.axis.pairs,
         bytes=nbytes,
-        padded_flops=2 * math.prod(plan.slabs(n, c)) * IMAGES * LANES * rows.pairs * columns,
+        padded_flops=2 * math.prod(plan.slabs(n, c)) * IMAGES * LANES * rows.pairs * _width(strips, False),
     )
 
 
@@ -294,9 +305,9 @@ def _from_slabs(o: jax.Array, n: int, c: int, width: int, strips: Strips, fold: 
     return o.reshape(n, h, -1, c)[:, :, :width]
 
 
-def _without_float16(x: jax.Array) -> jax.Array:
+def _loadable(dtype: Any) -> Any:
     """TPUs can't even load float16; float32 holds all of it, bfloat16 would not."""
-    return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
+    return jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
 
 
 def _to_lanes(a: jax.Array, fold: int, lanes: int) -> jax.Array:
