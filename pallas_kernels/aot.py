@@ -401,9 +401,12 @@ class _Crew:
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._closed = True
-            for child in (*self._idle, *self._busy):
+            children = (*self._idle, *self._busy)
+            for child in children:
                 child.kill()
         self.pool.shutdown(cancel_futures=True)
+        for child in children:
+            child.close()
 
     def submit(self, mode: str, task: _Task) -> "Future[_Task]":
         return self.pool.submit(self.ask, mode, task)
@@ -424,6 +427,8 @@ class _Crew:
             self._busy.remove(child)
             if child.alive:
                 self._idle.append(child)
+            else:
+                child.close()
         return reply
 
 
@@ -444,6 +449,12 @@ class _Child:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
+
+    def close(self) -> None:
+        """Let go of the files of a dead child."""
+        for file in (self._process.stdin, self._process.stdout, self._log):
+            with contextlib.suppress(OSError):  # closing flushes what nobody reads any more
+                file.close()  # pyright: ignore[reportOptionalMemberAccess]
 
     def ask(self, task: _Task, timeout: float) -> _Task:
         assert self._process.stdin and self._process.stdout
