@@ -1,0 +1,111 @@
+"""What is installed: from a wheel, plainly and editably, seen from the checkout and from elsewhere."""
+
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("build")
+uv = pytest.importorskip("uv")
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("models", "ports", "tpu", "gpu")
+IMPORT_ALL = """
+import importlib, pkgutil
+import pallas_kernels
+names = [m.name for m in pkgutil.walk_packages(pallas_kernels.__path__, "pallas_kernels.")]
+for name in names:
+    importlib.import_module(name)
+print(*names)
+"""
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is packaged, symlinks as they are: building leaves files in the folder."""
+    copy = tmp_path_factory.mktemp("checkout")
+    ignore = shutil.ignore_patterns("__pycache__")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("pallas_kernels", *FOLDERS):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignore)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    # By way of the source distribution, so that this is complete too.
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, cwd=checkout)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def environment(folder: Path, *installed: str | Path) -> Path:
+    """The Python of a new environment that sees our dependencies, but of us only what is `installed` there."""
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
+    python = folder / "bin" / "python"
+    purelib = Path(
+        run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip()
+    )
+    # Python doesn't follow the .pth files of a path from a .pth file: an editable install of us stays unseen.
+    paths = dict.fromkeys(
+        [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
+    )
+    (purelib / "dependencies.pth").write_text("\n".join(paths))
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--offline", "--python", python)
+    run(uv.find_uv_bin(), "pip", "install", *options, *installed, cwd=folder)
+    return python
+
+
+def modules(paths: Sequence[Path], root: Path) -> set[str]:
+    return {str(path.relative_to(root)) for path in paths}
+
+
+def test_the_wheel_holds_one_package_with_all_modules(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"pallas_kernels"}
+    assert len(tops) == 2
+    package = ROOT / "pallas_kernels"
+    expected = modules([p for p in package.rglob("*.py") if "__pycache__" not in p.parts], ROOT)
+    for folder in FOLDERS:
+        expected |= {f"pallas_kernels/{p}" for p in modules(list((ROOT / folder).rglob("*.py")), ROOT)}
+    assert {name for name in names if name.endswith(".py")} == expected
+    assert "pallas_kernels/py.typed" in names
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
+
+
+def test_an_installed_wheel_imports_everywhere_and_has_its_command(wheel: Path, tmp_path: Path) -> None:
+    python = environment(tmp_path / "venv", wheel)
+    found = run(python, "-c", IMPORT_ALL, cwd=tmp_path).split()
+    assert {"pallas_kernels.models.unireplknet", "pallas_kernels.gpu.depthwise_conv"} <= set(found)
+    assert "pallas_kernels.pallas_kernels" not in found
+    where = run(python, "-c", "import pallas_kernels; print(pallas_kernels.__file__)", cwd=tmp_path)
+    assert where.startswith(str(tmp_path))
+    assert "compile" in run(python.parent / "pallas-kernels", "--help", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("options", [(), ("--editable",)], ids=["plain", "editable"])
+def test_an_install_from_the_checkout_works_inside_and_outside_of_it(
+    options: tuple[str, ...], checkout: Path, tmp_path: Path
+) -> None:
+    python = environment(tmp_path / "venv", *options, checkout)
+    code = "import pallas_kernels.models, pallas_kernels.tpu.targets; print(pallas_kernels.models.list()[0])"
+    for cwd in (checkout, tmp_path):
+        assert run(python, "-c", code, cwd=cwd).startswith("unireplknet")
