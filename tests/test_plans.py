@@ -1,0 +1,111 @@
+"""Any legal plan gives the same numbers: what tuning changes must not change results."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.gpu import depthwise_conv as gpu
+from pallas_kernels.ops.depthwise_conv import reference
+from pallas_kernels.tpu import depthwise_conv as tpu
+from pallas_kernels.windows import Axis, Blocks, Gather, Strips
+
+# (images, rows, columns, channels), (kernel), stride
+GEOMETRIES = [((19, 11, 6, 5), (5, 3), 1), ((4, 9, 10, 3), (3, 3), 2)]
+# rows of a block in periods, columns of a strip in periods, images in the lanes, groups, unroll
+TPU_PLANS = [(99, 99, 1, 1, 1), (1, 99, 2, 1, 2), (2, 2, 1, 1, 64), (3, 1, 4, 1, 1)]
+
+
+def arrays(shape: tuple[int, ...], kernel: tuple[int, ...], stride: int) -> tuple[Any, ...]:
+    rng = np.random.default_rng(sum(shape))
+    axes = tuple(Axis(size, k, stride, 1, k // 2, k // 2) for size, k in zip(shape[1:3], kernel, strict=True))
+    x, w = rng.normal(size=shape), rng.normal(size=(*kernel, shape[-1]))
+    g = rng.normal(size=(shape[0], *(a.out for a in axes), shape[-1]))
+    return axes, *(jnp.asarray(a, jnp.float32) for a in (x, w, g))
+
+
+def expected(x: Any, w: Any, g: Any, kernel: tuple[int, ...], stride: int) -> list[jax.Array]:
+    definition = functools.partial(reference, strides=stride, padding=[(k // 2, k // 2) for k in kernel])
+    y, vjp = jax.vjp(definition, x, w)
+    return [y, *vjp(g)]
+
+
+def results(accelerator: Any, axes: Any, x: Any, w: Any, g: Any) -> list[jax.Array]:
+    forward, transposed = ([Gather(a, t) for a in axes] for t in (False, True))
+    return [
+        accelerator.convolve(x, w, None, *forward, interpret=True),
+        accelerator.convolve(g, w, None, *transposed, interpret=True),
+        accelerator.weight_gradient(x, g, *axes, interpret=True),
+    ]
+
+
+def assert_near(got: list[jax.Array], want: list[jax.Array]) -> None:
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("numbers", TPU_PLANS, ids=str)
+def test_tpu_plans(monkeypatch: pytest.MonkeyPatch, geometry: Any, numbers: Any) -> None:
+    block, strip, fold, groups, unroll = numbers
+
+    def plan(n: int, c: int, itemsize: int, rows: Gather, cols: Gather, *, gradient: bool) -> tpu.Plan:
+        blocks = Blocks(rows, min(rows.targets, block * rows.period))
+        strips = Strips(cols, min(cols.targets, strip * cols.period))
+        images = tpu.Plan(blocks, strips, fold, 1, unroll).slabs(n, c)[0]
+        return tpu.Plan(blocks, strips, fold, images if gradient and unroll > 4 else groups, unroll)
+
+    monkeypatch.setattr(tpu, "_plan", plan)
+    axes, x, w, g = arrays(*geometry)
+    assert_near(results(tpu, axes, x, w, g), expected(x, w, g, *geometry[1:]))
+
+
+def test_tpu_groups_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    search = tpu._plan
+    grouped = lambda *a, gradient: search(*a, gradient=gradient)._replace(groups=1 if gradient else 2)  # noqa: E731
+    monkeypatch.setattr(tpu, "_plan", grouped)
+    geometry = ((3, 4, 3, 256), (3, 3), 1)
+    axes, x, w, g = arrays(*geometry)
+    assert_near(results(tpu, axes, x, w, g), expected(x, w, g, *geometry[1:]))
+
+
+def test_tpu_kernel_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that fits no plan runs as two."""
+    search = tpu._plan
+    monkeypatch.setattr(
+        tpu, "_plan", lambda *a, gradient: None if a[3].axis.kernel > 3 else search(*a, gradient=gradient)
+    )
+    axes, x, w, g = arrays(*GEOMETRIES[0])
+    assert_near(results(tpu, axes, x, w, g), expected(x, w, g, *GEOMETRIES[0][1:]))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("images, channels, strip", [(1, 8, 99), (1, 32, 2), (2, 16, 3)])
+def test_gpu_plans(
+    monkeypatch: pytest.MonkeyPatch, geometry: Any, images: int, channels: int, strip: int
+) -> None:
+    def plan(n: int, c: int, itemsize: int, cols: Gather, *, width: int) -> gpu.Plan:
+        strips = Strips(cols, min(cols.targets, strip * cols.period))
+        return gpu.Plan(images if n * strips.count % images == 0 else 1, channels, strips)
+
+    monkeypatch.setattr(gpu, "_plan", plan)
+    monkeypatch.setattr(gpu, "PROGRAMS", 8)
+    axes, x, w, g = arrays(*geometry)
+    assert_near(results(gpu, axes, x, w, g), expected(x, w, g, *geometry[1:]))
+
+
+@pytest.mark.parametrize(
+    "shape, kernel", [((1, 64, 64, 64), 31), ((8, 56, 56, 96), 7), ((2, 224, 224, 40), 3)]
+)
+@pytest.mark.parametrize("gradient", [False, True])
+def test_tpu_plans_fit(shape: tuple[int, ...], kernel: int, gradient: bool) -> None:
+    n, *sizes, c = shape
+    rows, cols = (Gather(Axis(size, kernel, 1, 1, kernel // 2, kernel // 2)) for size in sizes)
+    plan = tpu._plan(n, c, 4, rows, cols, gradient=gradient)
+    assert plan is not None
+    assert tpu._vmem_bytes(plan, 4, gradient) <= tpu.VMEM_BYTES
+    assert tpu._program(plan.blocks, plan.strips, plan.unroll, gradient)[0] <= tpu.CODE_BUDGET
