@@ -57,8 +57,12 @@ def convolve(
     )
     count, height, width, lanes = pieces.shape
 
+    # Python's integers would be of 64 bits under x64, and indices are of 32.
+    def slab_and_block(i: Any) -> tuple[Any, Any]:
+        return jax.lax.div(i, jnp.int32(blocks)), jax.lax.rem(i, jnp.int32(blocks))
+
     def body(*refs: Any) -> None:
-        moved = jax.lax.rem(pl.program_id(0), jnp.int32(blocks)) * rows.advance
+        moved = slab_and_block(pl.program_id(0))[1] * rows.advance
         taps = [rows.taps(r).shifted(-moved).inside(rows.sources) for r in range(rows.period)]
         kinds = [Rows(r, 1, t) for r, t in enumerate(taps)]
         tile = -(-len(columns) // -(-len(columns) // TILE))
@@ -69,13 +73,13 @@ def convolve(
         platform="cuda", interpret=interpret, name="depthwise_conv" + "_input_gradient" * rows.transposed,
         grid=(count // plan.images * blocks, lanes // plan.channels),
         in_specs=[
-            pl.BlockSpec((plan.images, height, width, plan.channels), lambda i, c: (jax.lax.div(i, blocks), 0, 0, c)),
+            pl.BlockSpec((plan.images, height, width, plan.channels), lambda i, c: (slab_and_block(i)[0], 0, 0, c)),
             pl.BlockSpec((*w.shape[:2], plan.channels), lambda i, c: (0, 0, c)),
             pl.BlockSpec((1, plan.channels), lambda i, c: (0, c)),
         ],
         out_specs=pl.BlockSpec(
             (plan.images, rows.period, strips.size, plan.channels),
-            lambda i, c: (jax.lax.div(i, blocks), jax.lax.rem(i, blocks), 0, c),
+            lambda i, c: (*slab_and_block(i), 0, c),
         ),
         out_shape=jax.ShapeDtypeStruct((count, blocks * rows.period, strips.size, lanes), x.dtype),
         num_warps=plan.num_warps,
@@ -118,7 +122,8 @@ def weight_gradient(
 
     def spec(a: jax.Array) -> pl.BlockSpec:
         return pl.BlockSpec(
-            (images, *a.shape[1:3], plan.channels), lambda i, c: (jax.lax.div(i, rows.kernel), 0, 0, c)
+            (images, *a.shape[1:3], plan.channels),
+            lambda i, c: (jax.lax.div(i, jnp.int32(rows.kernel)), 0, 0, c),
         )
 
     partial_sums = launch(

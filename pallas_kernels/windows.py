@@ -29,7 +29,7 @@ class Taps(NamedTuple):
         if isinstance(source, int):
             lo = max(self.lo, -(-below // step))
             return self._replace(lo=lo, hi=max(lo, min(self.hi, -(-above // step))))
-        ceil = lambda a: lax.div(lax.max(a + (step - 1), 0), jnp.int32(step))  # noqa: E731
+        ceil = lambda a: lax.div(lax.max(a + (step - 1), jnp.int32(0)), jnp.int32(step))  # noqa: E731
         return self._replace(
             lo=lax.max(jnp.int32(self.lo), ceil(below)), hi=lax.min(jnp.int32(self.hi), ceil(above))
         )
