@@ -324,9 +324,9 @@ def _pads(padding: Padding, size: Any, kernel: Any, strides: Any, dilation: Any)
         return [(extent[0] - 1, 0)]
     if padding in ("SAME", "SAME_LOWER", "VALID"):
         return [(int(lo), int(hi)) for lo, hi in lax.padtype_to_pads(size, extent, strides, padding)]
-    if isinstance(padding, int):
-        return [(padding, padding)] * len(size)
-    if isinstance(padding, str) or len(padding) != len(size) or any(len(p) != 2 for p in padding):
+    if isinstance(padding, int | np.integer):
+        return [(int(padding), int(padding))] * len(size)
+    if not np.iterable(padding) or [np.shape(p) for p in padding] != [(2,)] * len(size):
         raise ValueError(
             "depthwise_conv: `padding` must be 'SAME', 'SAME_LOWER', 'VALID', 'CAUSAL' (one dimension only), an int, "
             f"or {len(size)} (before, after) pairs, got {padding!r}"
