@@ -1,5 +1,6 @@
 """Depthwise convolution: parity with its definition, transforms, lowering for other platforms, sharding, errors."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as pk
@@ -118,8 +119,8 @@ def test_large_shapes_in_xla(x, kernel, options, dtype, tolerance, random):
         wide = [a.astype(jnp.float64) for a in narrow]
         expected = jax.jit(functools.partial(evaluate, functools.partial(reference, **options)))(*wide)
         got = jax.jit(functools.partial(evaluate, ours))(*narrow)
-    assert {a.dtype for a in got} == {jnp.dtype(dtype)}
-    assert_close([a.astype(jnp.float64) for a in got], list(expected), tolerance)
+        assert {a.dtype for a in got} == {jnp.dtype(dtype)}
+        assert_close([a.astype(jnp.float64) for a in got], list(expected), tolerance)
 
 
 def relative_to_rounding(y, exact):
@@ -245,11 +246,10 @@ def test_donation(conv, random):
 
 
 def lowered(function, *args, platform):
-    device = aot._abstract_device(aot.TARGETS[{"tpu": "v5e", "cuda": "sm_90"}.get(platform, "v5e")])
-    if platform == "cuda":
-        with device:
-            return jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
-    return jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+    """StableHLO for a platform. From 0.12 on JAX asks for which GPU."""
+    gpu = aot._abstract_device(aot.TARGETS["sm_90"])
+    with gpu if platform == "cuda" else contextlib.nullcontext():
+        return jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
 
 def structs(*shapes, dtype=jnp.float32):
@@ -273,6 +273,14 @@ def test_the_platform_lowered_for_has_its_kernel(platform, implementation, trans
     assert kernels_in(text) == ({platform} & set(KERNELS) if implementation is None else set())
 
 
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_float32_has_its_kernel_where_float64_is_enabled(platform):
+    with testing._x64():
+        assert kernels_in(lowered(gradients(pk.depthwise_conv), *structs(X, W), platform=platform)) == {
+            platform
+        }
+
+
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
 def test_float64_is_left_to_xla(platform):
     with testing._x64():
@@ -287,7 +295,6 @@ def test_equal_layers_share_one_program(platform):
 
     one, ten = (lowered(network(n), *structs(X, W), platform=platform) for n in (1, 10))
     assert len(ten) < 2 * len(one)
-    assert platform == "cpu" or ten.count(KERNELS[platform]) == one.count(KERNELS[platform]) == 3
 
 
 # Sharding
@@ -325,7 +332,12 @@ def test_gradient_of_a_replicated_weight_inside_shard_map(mesh, random):
 
 @each_split
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_shard_map_lowers_to_kernels(mesh, split, platform):
+def test_shard_map_lowers_to_kernels(split, platform):
+    with aot._abstract_device(aot.TARGETS["sm_90"]):
+        device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    # The mesh of a shard_map says which GPU it lowers for.
+    options = {"abstract_device": device} if device is not None and platform == "cuda" else {}
+    mesh = AbstractMesh((8,), ("d",), (AxisType.Auto,), **options)
     function = gradients(sharded(pk.depthwise_conv, mesh, split))
     text = lowered(function, *structs((8, 5, 6, 16), (3, 3, 16)), platform=platform)
     assert kernels_in(text) == {platform}
@@ -493,16 +505,22 @@ def test_conv_general_dilated_is_that_of_lax(lhs, rhs, options, random):
         ((2, 6, 7, 8), (12, 1, 3, 3), {"feature_group_count": 6}),
         ((2, 6, 7, 8), (6, 2, 3, 3), {"feature_group_count": 3}),
         ((2, 6, 7, 8), (4, 6, 3, 3), {}),
-        ((2, 6, 7, 8), (6, 1, 3, 3), {"feature_group_count": 6, "lhs_dilation": (2, 1)}),
+        (
+            (2, 6, 7, 8),
+            (6, 1, 3, 3),
+            {"feature_group_count": 6, "lhs_dilation": (2, 1), "padding": ((1, 1), (2, 0))},
+        ),
         ((6, 1, 7, 8), (6, 1, 3, 3), {"batch_group_count": 6}),
         ((2, 6, 4, 5, 5), (6, 1, 3, 3, 3), {"feature_group_count": 6}),
-        ((2, 6, 7, 8), (6, 1, 3, 3), {"feature_group_count": 6, "preferred_element_type": jnp.bfloat16}),
+        ((2, 6, 7, 8), (6, 1, 3, 3), {"feature_group_count": 6, "preferred_element_type": jnp.float32}),
     ],
     ids=str,
 )
 def test_conv_general_dilated_hands_the_rest_to_lax(lhs, rhs, options, random):
     lhs, rhs = normal(random, *lhs), normal(random, *rhs)
     options = {"window_strides": (1,) * (lhs.ndim - 2), "padding": "SAME", **options}
+    if "preferred_element_type" in options:
+        lhs, rhs = lhs.astype(jnp.bfloat16), rhs.astype(jnp.bfloat16)
     got, expected = (f(lhs, rhs, **options) for f in (pk.conv_general_dilated, lax.conv_general_dilated))
     assert got.dtype == expected.dtype and (got == expected).all()
     text = lowered(functools.partial(pk.conv_general_dilated, **options), lhs, rhs, platform="tpu")
