@@ -18,8 +18,10 @@ from pallas_kernels.windows import Axis, Gather, Rows, Strips
 
 # Columns, of the image or of the kernel, that are accumulated together in a thread's registers.
 TILE = 14
-# Multiply-adds in the code for one row of the kernel: what compiles within seconds.
-CODE_BUDGET = 1_000
+# Multiply-adds, and 8 times the columns, in the code for one row of the kernel: what compiles within seconds.
+CODE_BUDGET = 2_000
+# Columns of the strips that wider images are cut into.
+STRIP = 56
 # Programs that fill a GPU.
 PROGRAMS = 1024
 
@@ -141,8 +143,9 @@ def weight_gradient(
 
 def _plan(n: int, c: int, itemsize: int, cols: Gather, *, width: int) -> Plan:
     """Channels by what they waste, in lanes of padding, idle threads and half-used sectors of memory."""
-    periods = max(1, TILE, CODE_BUDGET // width) // cols.period
-    count = -(-cols.targets // (max(1, periods) * cols.period))
+    widest = CODE_BUDGET // (width + 8)
+    columns = cols.targets if cols.targets <= widest else max(TILE, min(STRIP, widest))
+    count = -(-cols.targets // columns)
     strips = Strips(cols, min(cols.targets, -(-cols.targets // (count * cols.period)) * cols.period))
 
     def images(channels: int) -> int:

@@ -203,7 +203,9 @@ def _group_choices(n: int, c: int, plan: Plan, gradient: bool) -> Iterator[int]:
 
 def _strip_choices(cols: Gather) -> Iterator[Strips]:
     periods = -(-cols.targets // cols.period)
-    sizes = {-(-periods // count) * cols.period for count in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64, 256, 1024)}
+    sizes = {
+        -(-periods // count) * cols.period for count in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64, 256, 1024)
+    }
     yield from (Strips(cols, min(size, cols.targets)) for size in sorted(sizes, reverse=True))
 
 
