@@ -66,7 +66,12 @@ def test_tpu_plans(monkeypatch: pytest.MonkeyPatch, geometry: Any, numbers: Any)
 
 def test_tpu_groups_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     search = tpu._plan
-    grouped = lambda *a, gradient: search(*a, gradient=gradient)._replace(groups=1 if gradient else 2)  # noqa: E731
+
+    def grouped(*args: Any, gradient: bool) -> tpu.Plan:
+        plan = search(*args, gradient=gradient)
+        assert plan is not None
+        return plan._replace(groups=1 if gradient else 2)
+
     monkeypatch.setattr(tpu, "_plan", grouped)
     geometry = ((3, 4, 3, 256), (3, 3), 1)
     axes, x, w, g = arrays(*geometry)
