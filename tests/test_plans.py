@@ -64,6 +64,8 @@ def test_tpu_plans(monkeypatch: pytest.MonkeyPatch, geometry: Any, numbers: Any)
     assert_near(results(tpu, axes, x, w, g), expected(x, w, g, *geometry[1:]))
 
 
+# XLA:CPU of JAX 0.7.2 simplifies this interpreted program in circles, so it is left to the versions that run all tests.
+@pytest.mark.slow
 def test_tpu_groups_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     search = tpu._plan
 
