@@ -9,16 +9,22 @@ import glob
 import os
 import pickle
 import re
+import resource
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 Task = dict[str, Any]
 
 
-def main(mode: str) -> None:
+def main(mode: str, memory: int) -> None:
+    """`memory`: bytes beyond which a compiler's allocations fail, before they take the machine down."""
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    threading.Thread(target=_outlive_nobody, args=(os.getppid(),), daemon=True).start()
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     with tempfile.TemporaryDirectory() as dump:
@@ -34,6 +40,13 @@ def main(mode: str) -> None:
                 reply = {"error": f"{type(e).__name__}: {e}"}
             pickle.dump(reply, replies)
             replies.flush()
+
+
+def _outlive_nobody(parent: int) -> None:
+    """End with the parent, even if it was killed while a compiler is at work here."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _compiler(mode: str, dump: str) -> Callable[[Task], Task]:
@@ -121,4 +134,4 @@ def _triton(task: Task, directory: str) -> Task:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))

@@ -389,6 +389,7 @@ class _Crew:
 
     def __init__(self, workers: int, timeout: float):
         self.pool = ThreadPoolExecutor(workers)
+        self._memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4 // workers
         self._timeout = timeout
         self._lock = threading.Lock()
         self._idle: list[_Child] = []
@@ -420,7 +421,7 @@ class _Crew:
             if child:
                 self._idle.remove(child)
             else:
-                child = _Child(mode)
+                child = _Child(mode, self._memory)
             self._busy.append(child)
         reply = child.ask(task, self._timeout)
         with self._lock:
@@ -433,13 +434,13 @@ class _Crew:
 
 
 class _Child:
-    def __init__(self, mode: str):
+    def __init__(self, mode: str, memory: int):
         self.mode = mode
         self.alive = True
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         # Out of the reach of Ctrl-C: that is for the parent, which then kills its children.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", _aot_worker.__file__, mode],
+            [sys.executable, "-P", _aot_worker.__file__, mode, str(memory)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -43,6 +43,7 @@ def launch(
     out_specs: Any,
     out_shape: Any,
     work: Work,
+    scratch_shapes: Sequence[Any] = (),
     interpret: Any = False,
     num_warps: int = 4,
     vmem_limit_bytes: int | None = None,
@@ -50,11 +51,12 @@ def launch(
     """Run `body` over `grid` on `platform`; every grid axis is parallel, because a GPU's are.
 
     Args:
-      body: a function of Refs, inputs first.
+      body: a function of Refs: inputs, outputs, scratch.
       operands: the arrays that `in_specs` cut into blocks.
       name: what profiles and compiled programs call the kernel.
       out_shape: `jax.ShapeDtypeStruct`s. Over a manual mesh axis the results vary wherever an operand does.
       work: becomes the cost estimate, and what `pallas_kernels.aot` divides by.
+      scratch_shapes: TPU only; what a program computes in, of no value to the next.
       interpret: False, True, or `pltpu.InterpretParams`.
       num_warps: GPU only.
       vmem_limit_bytes: TPU only.
@@ -73,6 +75,7 @@ def launch(
         out_specs=out_specs,
         out_shape=jax.tree.map(lambda s: _varying_struct(s, axes), out_shape),
         name=name,
+        scratch_shapes=scratch_shapes,
         interpret=interpret,
         compiler_params=params,
         cost_estimate=pl.CostEstimate(flops=work.flops, bytes_accessed=work.bytes, transcendentals=0),

@@ -2,9 +2,14 @@
 
 import importlib.util
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -266,6 +271,47 @@ def test_leaving_early_ends_the_children(monkeypatch: pytest.MonkeyPatch) -> Non
     for pid in started:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_a_killed_parent_leaves_no_child() -> None:
+    """A compiler may run for minutes, and nobody would end it any more."""
+    parent = f"""
+import os, signal, subprocess, sys
+child = subprocess.Popen([sys.executable, "-P", {aot._aot_worker.__file__!r}, "triton", str(2**34)],
+                         stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+os.set_inheritable(child.stdin.fileno(), True)
+holder = subprocess.Popen(["sleep", "30"], close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+print(child.pid, holder.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    run = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, timeout=30)
+    child, holder = map(int, run.stdout.split())
+    try:
+        # The holder keeps the child's standard input open: it is not the end of its tasks that ends it.
+        deadline = time.monotonic() + 10
+        while alive(child) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not alive(child)
+    finally:
+        os.kill(holder, signal.SIGKILL)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process still runs; one that ended may wait for its parent."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A child gets less than the machine has; what is never touched costs nothing here."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    hungry = f"lambda task: {{'code_bytes': len(bytearray({machine * 9 // 10}))}}"
+    worker = Path(aot._aot_worker.__file__).read_text()
+    (tmp_path / "worker.py").write_text(worker.replace("functools.partial(_triton, directory=dump)", hungry))
+    monkeypatch.setattr(aot._aot_worker, "__file__", str(tmp_path / "worker.py"))
+    assert aot.compile(power_everywhere, X, target="sm_80").error == "MemoryError:"
 
 
 def test_unknown_target() -> None:

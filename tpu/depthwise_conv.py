@@ -9,12 +9,13 @@ those of other images.
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.kernels.depthwise_conv import Slab, correlate, correlate_gradient
 from pallas_kernels.lowering import Work, launch
@@ -28,11 +29,12 @@ CODE_BUDGET = 14_500
 # Columns, of the image or of the kernel, that are accumulated together: the other registers hold a row of weights.
 TILE = 14
 # Groups of images in one iteration of the loop over them.
-GROUPS = 2
+GROUPS = 4
 # From this many equal rows on, a loop over them with all taps unrolled beats a loop over the taps of each.
 EQUAL_ROWS = 4
-# Cycles, measured on v5e: to start a program, to start an iteration of a loop, to reduce one sum over the images.
-PROGRAM, ITERATION, REDUCTION = 250, 12, 6
+# Cycles, measured on v5e: to start a program, to start an iteration of a loop, to reduce one sum over the images, to
+# unpack a slab.
+PROGRAM, ITERATION, REDUCTION, UNPACKING = 250, 12, 6, 0.75
 # Multiply-adds of registers, and bytes from HBM, in a cycle.
 MULTIPLY_ADDS, BANDWIDTH = 2 * 0.96, 545
 
@@ -92,14 +94,16 @@ def convolve(
             tile=_even(len(columns), TILE), unroll=unroll, unrolled_rows=EQUAL_ROWS,
         )  # fmt: skip
 
+    wide = _wide(x.dtype, (blocks.window, strips.window, IMAGES, LANES * groups))
     out = launch(
-        lambda *refs: _each_kind(blocks, functools.partial(block_of_kind, refs)),
+        lambda *refs: _each_kind(blocks, functools.partial(block_of_kind, _widen(refs, len(wide)))),
         slabs, *weights,
         platform="tpu", interpret=interpret, name="depthwise_conv" + "_input_gradient" * rows.transposed,
         grid=(images // IMAGES, lanes // (LANES * groups), blocks.count),
         in_specs=[_window_spec(blocks, strips, IMAGES, LANES * groups), *(_whole_spec(a, groups) for a in weights)],
         out_specs=_block_spec(blocks, strips, IMAGES, LANES * groups),
         out_shape=jax.ShapeDtypeStruct((rows.targets, strips.size, images, lanes), _loadable(dtype)),
+        scratch_shapes=wide,
         work=_work(n, c, plan, x.nbytes + n * rows.targets * cols.targets * c * dtype.itemsize + w.nbytes),
     )  # fmt: skip
     return _from_slabs(out, n, c, cols.targets, strips, fold).astype(dtype)
@@ -132,6 +136,9 @@ def weight_gradient(
     # Reducing the sums over images takes longer than writing them, once for all of the images.
     sums = (rows.kernel, cols.kernel * (IMAGES if groups > 1 else 1))
 
+    areas = (blocks.window, strips.window), (blocks.size, strips.size)
+    wide = _wide(x.dtype, *((*sizes, IMAGES * groups, LANES) for sizes in areas))
+
     def block_of_kind(refs: Any, block: int) -> None:
         correlate_gradient(
             *refs, slab=_image_slab(groups), rows=blocks.kernel_rows(block), cols=columns,
@@ -139,13 +146,14 @@ def weight_gradient(
         )  # fmt: skip
 
     partial_sums = launch(
-        lambda *refs: _each_kind(blocks, functools.partial(block_of_kind, refs)),
+        lambda *refs: _each_kind(blocks, functools.partial(block_of_kind, _widen(refs, len(wide)))),
         slabs, cotangents,
         platform="tpu", interpret=interpret, name="depthwise_conv_weight_gradient",
         grid=(programs, lanes // LANES, blocks.count),
         in_specs=[spec(blocks, strips, IMAGES * groups, LANES) for spec in (_window_spec, _block_spec)],
         out_specs=pl.BlockSpec((None, *sums, LANES), lambda s, c, b: (s * blocks.count + b, 0, 0, c)),
         out_shape=jax.ShapeDtypeStruct((programs * blocks.count, *sums, lanes), jnp.float32),
+        scratch_shapes=wide,
         work=_work(n, c, plan, x.nbytes + g.nbytes + rows.kernel * cols.kernel * c * 4),
     )  # fmt: skip
     total = partial_sums.sum(0)[..., : fold * c]
@@ -258,11 +266,11 @@ def _launch_cycles(n: int, c: int, itemsize: int, plan: Plan, gradient: bool) ->
     slabs = math.prod(plan.slabs(n, c))
     programs = slabs // groups * blocks.count
     _, cycles, _ = _program(blocks, strips, unroll, gradient)
-    start = PROGRAM
+    start = PROGRAM + UNPACKING * groups * _widened_slabs(plan, itemsize, gradient)
     if gradient:
         start += REDUCTION * (groups == 1) * blocks.gather.axis.kernel * strips.gather.axis.kernel
         cycles += ITERATION * blocks.gather.axis.kernel / GROUPS * (groups > 1)
-    exposed = _vmem_bytes(plan, itemsize, gradient) / 2 / BANDWIDTH
+    exposed = _block_bytes(plan, itemsize, gradient) / BANDWIDTH
     pixel = slabs * IMAGES * LANES * itemsize / BANDWIDTH
     copied = (
         0 if strips.count == fold == 1 and n % IMAGES == c % LANES == 0 else pixel * blocks.gather.sources
@@ -270,8 +278,16 @@ def _launch_cycles(n: int, c: int, itemsize: int, plan: Plan, gradient: bool) ->
     return max(slabs * cycles + programs * start, programs * exposed) + exposed + 2 * copied * strips.window
 
 
-def _vmem_bytes(plan: Plan, itemsize: int, gradient: bool) -> int:
-    """Two buffers of every block."""
+def _widened_slabs(plan: Plan, itemsize: int, gradient: bool) -> int:
+    """Slabs of a group that a program unpacks."""
+    if itemsize >= 4:
+        return 0
+    blocks, strips, *_ = plan
+    return blocks.window * strips.window + gradient * blocks.size * strips.size
+
+
+def _block_bytes(plan: Plan, itemsize: int, gradient: bool) -> int:
+    """Of all blocks of a program."""
     blocks, strips, _, groups, _ = plan
     rows, cols = blocks.gather.axis.kernel, strips.gather.axis.kernel
     if gradient:
@@ -279,7 +295,13 @@ def _vmem_bytes(plan: Plan, itemsize: int, gradient: bool) -> int:
     else:
         kernel = groups * rows * -(-cols // 8) * 8
     slabs = groups * IMAGES * (blocks.window * strips.window + blocks.size * strips.size)
-    return 2 * LANES * (slabs * itemsize + kernel * 4)
+    return LANES * (slabs * itemsize + kernel * 4)
+
+
+def _vmem_bytes(plan: Plan, itemsize: int, gradient: bool) -> int:
+    """Two buffers of every block, and what is unpacked."""
+    unpacked = 4 * plan.groups * IMAGES * LANES * _widened_slabs(plan, itemsize, gradient)
+    return 2 * _block_bytes(plan, itemsize, gradient) + unpacked
 
 
 def _work(n: int, c: int, plan: Plan, nbytes: int) -> Work:
@@ -310,6 +332,19 @@ def _from_slabs(o: jax.Array, n: int, c: int, width: int, strips: Strips, fold: 
 def _loadable(dtype: Any) -> Any:
     """TPUs can't even load float16; float32 holds all of it, bfloat16 would not."""
     return jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
+
+
+def _wide(dtype: Any, *blocks: tuple[int, ...]) -> list[Any]:
+    """Scratch for blocks of a narrow dtype in float32, so that a slab is unpacked once and not for every tap."""
+    return [pltpu.VMEM(shape, jnp.float32) for shape in blocks if dtype.itemsize < 4]
+
+
+def _widen(refs: Sequence[Any], count: int) -> Sequence[Any]:
+    """The Refs with the first `count` copied to the scratch at their end, which takes their place."""
+    operands, wide = refs[: len(refs) - count], refs[len(refs) - count :]
+    for narrow, copy in zip(operands, wide, strict=False):
+        copy[...] = narrow[...].astype(jnp.float32)
+    return *wide, *operands[count:]
 
 
 def _to_lanes(a: jax.Array, fold: int, lanes: int) -> jax.Array:

@@ -7,8 +7,9 @@ hangs on
 * the layout. With all channels innermost, every pixel reloads every weight: 15 to 27, and 7 to 13 once the
   weights don't fit the first-level cache. With (image, channels // 8, row, column, 8), the weights of eight
   channels stay in registers along a row: 35 to 50, for two more copies of the image.
-* the number of taps. Registers hold about 28 weights (with 49 taps: 36). Beyond 124 taps LLVM's alias
-  analysis gives up and nothing is vectorised: 1 to 2. So a loop goes over groups of taps.
+* the number of taps. Registers hold about 28 weights; up to 64 taps it costs less to reload some than to
+  read and write the outputs again. Beyond 124 LLVM's alias analysis gives up and nothing is vectorised: 1 to
+  2. So a loop goes over groups of taps.
 
 Partitioned over channels, a device needs a multiple of eight of them (or of what 8 and the channels have in
 common), or XLA gathers.
@@ -27,8 +28,8 @@ from pallas_kernels import lowering
 from pallas_kernels.windows import Axis
 
 _LANES = 8  # float32 in one of the vectors that XLA prefers on x86
-_GROUP = 32  # taps whose weights stay in registers
-_CACHE_BYTES = 1 << 15  # of the first level, for the weights of a nest over all channels
+_GROUP = 36  # taps of a nest in the loop over groups of them
+_NEST = 64  # taps up to which one nest without the loop, which reads and writes the output again, is faster
 
 Axes = tuple[Axis, ...]  # rows, columns
 
@@ -104,11 +105,12 @@ def _extent(axis: Axis) -> int:
 
 def _correlate(x: jax.Array, w: jax.Array, axes: Axes) -> jax.Array:
     """x (N, H, W, C) with w (KH, KW, N or 1, C): (N, OH, OW, C)."""
-    taps = w.shape[0] * w.shape[1]
-    if taps <= _GROUP or (taps <= 2 * _GROUP and w.size * w.dtype.itemsize <= _CACHE_BYTES):
-        return _in_groups(x, w, axes, (w.shape[0], w.shape[1]), x.shape[-1])
-    width = _parts(w.shape[1], _GROUP)[1]
-    height = _parts(w.shape[0], _GROUP // width)[1]
+    height, width, *_ = w.shape
+    if height * width <= _GROUP:
+        return _in_groups(x, w, axes, (height, width), x.shape[-1])
+    if height * width > _NEST:
+        width = _parts(width, _GROUP)[1]
+        height = _parts(height, _GROUP // width)[1]
 
     # Eight lanes would leave the rest of a TPU's vectors empty.
     lanes = {"cpu": math.gcd(x.shape[-1], _LANES), "default": x.shape[-1]}
