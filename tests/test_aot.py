@@ -277,10 +277,11 @@ def test_a_killed_parent_leaves_no_child() -> None:
     """A compiler may run for minutes, and nobody would end it any more."""
     parent = f"""
 import os, signal, subprocess, sys
+silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 child = subprocess.Popen([sys.executable, "-P", {aot._aot_worker.__file__!r}, "triton", str(2**34)],
-                         stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+                         stdin=subprocess.PIPE, start_new_session=True, **silent)
 os.set_inheritable(child.stdin.fileno(), True)
-holder = subprocess.Popen(["sleep", "30"], close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+holder = subprocess.Popen(["sleep", "30"], close_fds=False, **silent)
 print(child.pid, holder.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
