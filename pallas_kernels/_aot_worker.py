@@ -21,10 +21,10 @@ from typing import Any
 Task = dict[str, Any]
 
 
-def main(mode: str, memory: int) -> None:
+def main(mode: str, memory: int, parent: int) -> None:
     """`memory`: bytes beyond which a compiler's allocations fail, before they take the machine down."""
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-    threading.Thread(target=_outlive_nobody, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_outlive_nobody, args=(parent,), daemon=True).start()
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     with tempfile.TemporaryDirectory() as dump:
@@ -134,4 +134,4 @@ def _triton(task: Task, directory: str) -> Task:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], *map(int, sys.argv[2:]))

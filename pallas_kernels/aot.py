@@ -440,7 +440,7 @@ class _Child:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         # Out of the reach of Ctrl-C: that is for the parent, which then kills its children.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", _aot_worker.__file__, mode, str(memory)],
+            [sys.executable, "-P", _aot_worker.__file__, mode, str(memory), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

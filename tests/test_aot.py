@@ -278,7 +278,7 @@ def test_a_killed_parent_leaves_no_child() -> None:
     parent = f"""
 import os, signal, subprocess, sys
 silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-child = subprocess.Popen([sys.executable, "-P", {aot._aot_worker.__file__!r}, "triton", str(2**34)],
+child = subprocess.Popen([sys.executable, "-P", {aot._aot_worker.__file__!r}, "triton", str(2**34), str(os.getpid())],
                          stdin=subprocess.PIPE, start_new_session=True, **silent)
 os.set_inheritable(child.stdin.fileno(), True)
 holder = subprocess.Popen(["sleep", "30"], close_fds=False, **silent)
