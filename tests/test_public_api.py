@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_public_names() -> None:
-    assert pk.__all__ == ["conv_general_dilated", "depthwise_conv"]
+    assert pk.__all__ == ["conv_general_dilated", "depthwise_conv", "he"]
     assert nn.__all__ == [
         "BRANCHES",
         "GRN",
