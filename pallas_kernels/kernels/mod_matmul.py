@@ -88,6 +88,12 @@ def weights_times(weights: Callable[[int, int], jax.Array], data: Sequence[jax.A
     return [sum_of([dot(weights(j, p), data[j]) for j in range(4)]) for p in range(4)]
 
 
+def stacked_times(weights: Any, x: jax.Array) -> list[jax.Array]:
+    """The digit sums of weights @ x, with the bytes of x above each other: one long sum. weights: [p, rows, 4 K]."""
+    data = digit_rows(x)
+    return [dot(weights[p], data) for p in range(4)]
+
+
 def product(
     x_ref: Any, w_ref: Any, m: Modulus, *, side: str, step: int, wide: bool, centred: bool
 ) -> jax.Array:
@@ -95,22 +101,24 @@ def product(
 
     Args:
       x_ref: the block's rows (or columns) of the data, all K of them.
-      w_ref: [j, p, K, columns] for data @ weights, side "right"; [j, p, rows, K] for weights @ data, side "left".
+      w_ref: [j, p, K, columns] for data @ weights, side "right"; [p, rows, 4 K], in the order of `digit_rows`, for
+        weights @ data, side "left".
       step: terms of the sum in an iteration of the loop over them.
       wide: see `fold`. centred: whether the data are, or need not be; see `LARGEST_WORD`.
     """
     right = side == "right"
     terms = x_ref.shape[1 if right else 0]
-    shape = (x_ref.shape[0], w_ref.shape[3]) if right else (w_ref.shape[2], x_ref.shape[1])
+    shape = (x_ref.shape[0], w_ref.shape[3]) if right else (w_ref.shape[1], x_ref.shape[1])
 
     def add_terms(i: Any, sums: Sequence[jax.Array]) -> list[jax.Array]:
-        here = pl.ds(pl.multiple_of(i * step, step) if not isinstance(i, int) else i * step, step)
+        start = i * step if isinstance(i, int) else pl.multiple_of(i * step, step)
+        here = pl.ds(start, step)
         x = x_ref[:, here] if right else x_ref[here, :]
         data = digits(x if centred else modular.centre(x, m))
         if right:
             more = times_weights(data, lambda j, p: w_ref[j, p, here, :])
         else:
-            more = weights_times(lambda j, p: w_ref[j, p, :, here], data)
+            more = weights_times(lambda j, p: w_ref[p, :, pl.ds(j * terms + start, step)], data)
         return [lax.add(s, t) for s, t in zip(sums, more, strict=True)] if sums else more
 
     if terms == step:

@@ -1,0 +1,1 @@
+"""Products of polynomials as FLINT has them, to be timed beside ours."""

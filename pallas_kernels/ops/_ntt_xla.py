@@ -1,0 +1,79 @@
+"""Number-theoretic transforms in XLA: in bytes, as the kernels do it, and on CPUs in float64."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import lowering
+from pallas_kernels.kernels import mod_matmul as kernels
+from pallas_kernels.kernels import modular
+from pallas_kernels.kernels.modular import Modulus
+from pallas_kernels.ops._mod_matmul_xla import (
+    canonical_uint32,
+    centred_float64,
+    float64_modulus,
+    reduce_float64,
+    split_float64,
+)
+
+
+def in_digits(
+    x: jax.Array, left: jax.Array, right: jax.Array, twiddles: jax.Array, q: jax.Array, reciprocal: jax.Array, *,
+    inverse: bool, wide: bool, centred: bool,
+) -> jax.Array:  # fmt: skip
+    """What the kernels do to x (B, L, R, C), by the same functions."""
+
+    def one(x: jax.Array, left: Any, right: Any, t: Any, q: Any, reciprocal: Any) -> jax.Array:
+        m = Modulus(q, reciprocal)
+        x = x if centred else modular.centre(x, m)
+
+        def down_columns(x: jax.Array) -> jax.Array:
+            return kernels.fold(kernels.stacked_times(left, x), m, wide)
+
+        def along_rows(x: jax.Array) -> jax.Array:
+            return kernels.fold(kernels.times_weights(kernels.digits(x), lambda j, p: right[j, p]), m, wide)
+
+        first, second = (along_rows, down_columns) if inverse else (down_columns, along_rows)
+        return modular.canonical(second(modular.mul_constant(first(x), t[0], t[1], m)), m)
+
+    limbs = jax.vmap(one)
+    return jax.vmap(limbs, (0, *[None] * 5))(x, left, right, twiddles, q, reciprocal)
+
+
+def in_float64(x: jax.Array, q: jax.Array, tables: Any, *, inverse: bool) -> jax.Array:
+    """The same of canonical uint32 in float64: see `_mod_matmul_xla.in_float64`. Sums have up to 256 terms."""
+    with lowering.enable_x64():
+        return _in_float64(x, q, *tables[:3], inverse)
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def _in_float64(
+    x: jax.Array, q: jax.Array, left: jax.Array, right: jax.Array, twiddles: jax.Array, inverse: bool
+) -> jax.Array:
+    m = float64_modulus(q)
+    x, left, right, twiddles = (centred_float64(v, m) for v in (x, left, right, twiddles))
+    rows, columns = x.shape[2:]
+    down = jnp.concatenate(split_float64(left), 1)
+    along = jnp.concatenate(split_float64(right), 2)
+    high, low = split_float64(twiddles)
+
+    def whole(upper: jax.Array, lower: jax.Array) -> jax.Array:
+        return reduce_float64(reduce_float64(upper, m) * 2.0**15 + lower, m)
+
+    def twiddled(y: jax.Array) -> jax.Array:
+        return whole(y * high, y * low)
+
+    def down_columns(y: jax.Array) -> jax.Array:
+        product = lax.dot_general(down, y, (((2,), (1,)), ((0,), (0,))), precision=lax.Precision.HIGHEST)
+        return whole(product[:, :rows], product[:, rows:])
+
+    def along_rows(y: jax.Array) -> jax.Array:
+        product = lax.dot_general(y, along, (((2,), (1,)), ((0,), (0,))), precision=lax.Precision.HIGHEST)
+        return whole(product[..., :columns], product[..., columns:])
+
+    first, second = (along_rows, down_columns) if inverse else (down_columns, along_rows)
+    # A polynomial at a time stays in the cache.
+    return lax.map(lambda y: canonical_uint32(second(twiddled(first(y))), m), x)

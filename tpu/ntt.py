@@ -1,0 +1,53 @@
+"""How number-theoretic transforms run on a TPU: several polynomials of one limb in a program, weights resident."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels.kernels.ntt import transform
+from pallas_kernels.lowering import Work, launch
+
+# Words of all polynomials of a program: what hides the latency of the matrix units. The code grows with their number.
+WORDS, POLYNOMIALS = 1 << 18, 16
+VMEM_BYTES = 48 << 20
+
+
+def ntt(
+    x: jax.Array, left: jax.Array, right: jax.Array, twiddles: jax.Array, q: jax.Array, reciprocal: jax.Array, *,
+    inverse: bool, wide: bool, centred: bool, interpret: Any = False,
+) -> jax.Array:  # fmt: skip
+    """A forward or inverse transform of every polynomial.
+
+    Args:
+      x: (B, L, R, C) int32.
+      left: (L, 4, R, 4 R), right: (L, 4, 4, C, C), int8; twiddles: (L, 2, R, C) int32; q, reciprocal: (L, 1, 1).
+      wide, centred: see `kernels.mod_matmul.product`.
+      interpret: see `launch`.
+
+    Returns:
+      (B, L, R, C) int32, canonical.
+    """
+    batch, limbs, rows, columns = x.shape
+    most = max(1, min(POLYNOMIALS, WORDS // (rows * columns)))
+    count = next(c for c in range(min(most, batch), 0, -1) if batch % c == 0)
+    polynomials = pl.BlockSpec((count, None, rows, columns), lambda limb, b: (b, limb, 0, 0))
+
+    def of_limb(a: jax.Array) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *a.shape[1:]), lambda limb, b: (limb,) + (0,) * (a.ndim - 1))
+
+    tables = left, right, twiddles, q, reciprocal
+    flops = 2 * 16 * x.size * (rows + columns)
+    return launch(
+        functools.partial(transform, inverse=inverse, wide=wide, centred=centred),
+        x, *tables,
+        platform="tpu", interpret=interpret, name="intt" if inverse else "ntt",
+        grid=(limbs, batch // count),
+        in_specs=[polynomials, *map(of_limb, tables)],
+        out_specs=polynomials,
+        out_shape=jax.ShapeDtypeStruct(x.shape, jnp.int32),
+        vmem_limit_bytes=VMEM_BYTES,
+        work=Work(flops, 2 * x.nbytes + sum(t.nbytes for t in tables), flops),
+    )  # fmt: skip
