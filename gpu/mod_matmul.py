@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.kernels.mod_matmul import matmul
+from pallas_kernels.kernels.mod_matmul import Reduction, matmul
 from pallas_kernels.lowering import Work, launch
 
 # A tile of the result, and the terms of its sums in one step: four sums and their operands just fit the registers.
@@ -16,13 +16,12 @@ ROWS, COLUMNS, STEP, WARPS = 32, 64, 32, 4
 
 def mod_matmul(
     x: jax.Array, weights: jax.Array, q: jax.Array, inverse: jax.Array, *,
-    wide: bool, centred: bool, interpret: Any = False,
+    how: Reduction, interpret: Any = False,
 ) -> jax.Array:  # fmt: skip
     """x @ weights modulo q.
 
     Args:
       x: (L, M, K) int32; weights: (L, 4, 4, K, N) int8; q, inverse: (L, 1, 1).
-      wide, centred: see `kernels.mod_matmul.product`.
       interpret: see `launch`.
 
     Returns:
@@ -35,7 +34,7 @@ def mod_matmul(
     rows, terms, columns = *x.shape[1:], weights.shape[-1]
     scalar = pl.BlockSpec((None, 1, 1), lambda i, j, limb: (limb, 0, 0))
     out = launch(
-        functools.partial(matmul, step=STEP, wide=wide, centred=centred),
+        functools.partial(matmul, step=STEP, how=how),
         x, weights, q, inverse,
         platform="cuda", interpret=interpret, name="mod_matmul", num_warps=WARPS,
         grid=(rows // ROWS, columns // COLUMNS, limbs),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.kernels.mod_matmul import matmul
+from pallas_kernels.kernels.mod_matmul import Reduction, matmul
 from pallas_kernels.lowering import Work, launch
 
 LANES = 128
@@ -18,13 +18,12 @@ VMEM_BYTES = 64 << 20
 
 def mod_matmul(
     x: jax.Array, weights: jax.Array, q: jax.Array, inverse: jax.Array, *,
-    wide: bool, centred: bool, interpret: Any = False,
+    how: Reduction, interpret: Any = False,
 ) -> jax.Array:  # fmt: skip
     """x @ weights modulo q.
 
     Args:
       x: (L, M, K) int32; weights: (L, 4, 4, K, N) int8; q, inverse: (L, 1, 1).
-      wide, centred: see `kernels.mod_matmul.product`.
       interpret: see `launch`.
 
     Returns:
@@ -39,7 +38,7 @@ def mod_matmul(
     scalar = pl.BlockSpec((None, 1, 1), lambda limb, j, i: (limb, 0, 0))
     padded = limbs, x.shape[1], weights.shape[-1]
     out = launch(
-        functools.partial(matmul, step=terms, wide=wide, centred=centred),
+        functools.partial(matmul, step=terms, how=how),
         x, weights, q, inverse,
         platform="tpu", interpret=interpret, name="mod_matmul",
         grid=(limbs, padded[2] // columns, padded[1] // rows),

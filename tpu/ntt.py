@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.kernels.mod_matmul import Reduction
 from pallas_kernels.kernels.ntt import transform
 from pallas_kernels.lowering import Work, launch
 
@@ -16,15 +17,14 @@ VMEM_BYTES = 48 << 20
 
 
 def ntt(
-    x: jax.Array, left: jax.Array, right: jax.Array, twiddles: jax.Array, q: jax.Array, reciprocal: jax.Array, *,
-    inverse: bool, wide: bool, centred: bool, interpret: Any = False,
+    x: jax.Array, *tables: jax.Array, inverse: bool, how: Reduction, interpret: Any = False
 ) -> jax.Array:  # fmt: skip
     """A forward or inverse transform of every polynomial.
 
     Args:
       x: (B, L, R, C) int32.
-      left: (L, 4, R, 4 R), right: (L, 4, 4, C, C), int8; twiddles: (L, 2, R, C) int32; q, reciprocal: (L, 1, 1).
-      wide, centred: see `kernels.mod_matmul.product`.
+      tables: left (L, 4, R, 4 R) and right (L, 4, 4, C, C) digits, int8; words and shares of the twiddle factors,
+        (L, 2, R, C) int32 and float32; q and 1 / q, (L, 1, 1).
       interpret: see `launch`.
 
     Returns:
@@ -38,10 +38,9 @@ def ntt(
     def of_limb(a: jax.Array) -> pl.BlockSpec:
         return pl.BlockSpec((None, *a.shape[1:]), lambda limb, b: (limb,) + (0,) * (a.ndim - 1))
 
-    tables = left, right, twiddles, q, reciprocal
     flops = 2 * 16 * x.size * (rows + columns)
     return launch(
-        functools.partial(transform, inverse=inverse, wide=wide, centred=centred),
+        functools.partial(transform, inverse=inverse, how=how),
         x, *tables,
         platform="tpu", interpret=interpret, name="intt" if inverse else "ntt",
         grid=(limbs, batch // count),

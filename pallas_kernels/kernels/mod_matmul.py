@@ -10,12 +10,12 @@ split into its own four balanced bytes here. Then
 * |S_p| <= 4 K 2^14 < 2^31 for K < 2^15.
 * The v of `weight_digits` are below q / 2 and bytes at most 128, so |sum_p 256^p S_p| <= 256 K q: its quotient by q is
   below 2^22, and its estimate in float32, of relative error 3 / 2^24, is off by less than 1/4, for K <= 4096.
-* In one step, `fold` needs |S_2 + 256 S_3| < 2^31. That is at most K (q / 256 + 257): see `narrow`.
+* What else a sum may need depends on K and q: see `Reduction`.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,15 +31,31 @@ MAX_TERMS = 4096
 LARGEST_WORD = 0x7F7F7F7F
 
 
-def narrow(terms: int, q: int) -> bool:
-    """Whether the upper two digits of sums of so many terms fit one word, for any data and weights."""
-    return terms * (q + 257 * 256) < 256 * 2**31
+class Reduction(NamedTuple):
+    """What it takes to reduce sums of a length by given moduli; made by `reduction`.
+
+    centre: canonical data have to be centred before they are split into bytes.
+    wide: S_2 + 256 S_3 may exceed one word, and is reduced by itself first.
+    coarse: S_0 is so small beside q that the quotient can do without it.
+    """
+
+    centre: bool
+    wide: bool
+    coarse: bool
+
+
+def reduction(terms: int, moduli: Sequence[int]) -> Reduction:
+    """By the bounds for any data and weights: |S_2 + 256 S_3| <= K (q / 256 + 257), and |S_0| <= 2^16 K."""
+    wide = terms * (max(moduli) + 257 * 256) >= 256 * 2**31
+    return Reduction(
+        centre=max(moduli) > LARGEST_WORD, wide=wide, coarse=not wide and 4 * 2**16 * terms <= min(moduli)
+    )
 
 
 def digits(x: jax.Array) -> list[jax.Array]:
     """The four balanced bytes of words |x| <= 0x7F7F7F7F, lowest first."""
     u = (x + BYTE_OFFSETS) ^ BYTE_OFFSETS
-    return [((u << (24 - 8 * j)) >> 24).astype(jnp.int8) for j in range(4)]
+    return [(u >> (8 * j) if j else u).astype(jnp.int8) for j in range(4)]
 
 
 def digit_rows(x: jax.Array) -> jax.Array:
@@ -51,23 +67,21 @@ def digit_rows(x: jax.Array) -> jax.Array:
     )
 
 
-def fold(sums: Sequence[jax.Array], m: Modulus, wide: bool = False) -> jax.Array:
-    """sum_p 256^p sums[p] modulo q, in (-q, q), and centred for up to 256 terms.
+def fold(sums: Sequence[jax.Array], m: Modulus, how: Reduction) -> jax.Array:
+    """sum_p 256^p sums[p] modulo q, |r| < q; for up to 256 terms |r| < 0.8 q.
 
     What exceeds 32 bits wraps and comes back: only the result has to fit. S_0 + 256 S_1 may wrap, so its estimate is
     made of its parts.
-
-    Args:
-      wide: reduce the upper two digits first, which would not fit one word.
     """
     high = sums[2] + (sums[3] << 8)
-    upper = real(high)
-    if wide:
+    if how.wide:
         high = high - nearest((real(sums[3]) * 256.0 + real(sums[2])) * m.inverse) * m.q
-        upper = real(high)
     low = sums[0] + (sums[1] << 8) + (high << 16)
-    estimate = upper * 65536.0 + real(sums[1]) * 256.0 + real(sums[0])
-    return low - nearest(estimate * m.inverse) * m.q
+    if how.coarse:
+        quotient = real(high + (sums[1] >> 8)) * (m.inverse * 65536.0)
+    else:
+        quotient = (real(high) * 65536.0 + real(sums[1]) * 256.0 + real(sums[0])) * m.inverse
+    return low - nearest(quotient) * m.q
 
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -94,9 +108,7 @@ def stacked_times(weights: Any, x: jax.Array) -> list[jax.Array]:
     return [dot(weights[p], data) for p in range(4)]
 
 
-def product(
-    x_ref: Any, w_ref: Any, m: Modulus, *, side: str, step: int, wide: bool, centred: bool
-) -> jax.Array:
+def product(x_ref: Any, w_ref: Any, m: Modulus, *, side: str, step: int, how: Reduction) -> jax.Array:
     """A block of a product modulo q, in (-q, q).
 
     Args:
@@ -104,7 +116,6 @@ def product(
       w_ref: [j, p, K, columns] for data @ weights, side "right"; [p, rows, 4 K], in the order of `digit_rows`, for
         weights @ data, side "left".
       step: terms of the sum in an iteration of the loop over them.
-      wide: see `fold`. centred: whether the data are, or need not be; see `LARGEST_WORD`.
     """
     right = side == "right"
     terms = x_ref.shape[1 if right else 0]
@@ -114,7 +125,7 @@ def product(
         start = i * step if isinstance(i, int) else pl.multiple_of(i * step, step)
         here = pl.ds(start, step)
         x = x_ref[:, here] if right else x_ref[here, :]
-        data = digits(x if centred else modular.centre(x, m))
+        data = digits(modular.centre(x, m) if how.centre else x)
         if right:
             more = times_weights(data, lambda j, p: w_ref[j, p, here, :])
         else:
@@ -122,11 +133,11 @@ def product(
         return [lax.add(s, t) for s, t in zip(sums, more, strict=True)] if sums else more
 
     if terms == step:
-        return fold(add_terms(0, []), m, wide)
+        return fold(add_terms(0, []), m, how)
     zeros = [jnp.zeros(shape, jnp.int32)] * 4
     # Bounds of 32 bits: under x64 Python's integers would make a 64-bit index.
     sums = lax.fori_loop(jnp.int32(0), jnp.int32(terms // step), add_terms, zeros)
-    return fold(sums, m, wide)
+    return fold(sums, m, how)
 
 
 def matmul(x_ref: Any, w_ref: Any, q_ref: Any, inverse_ref: Any, o_ref: Any, **options: Any) -> None:

@@ -7,7 +7,7 @@ left is exact. Only which multiple is taken off depends on rounding, and canonic
 Residues are int32: canonical in [0, q), or centred, |r| <= 0.52 q. Functions take arrays or Refs' values alike.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -74,12 +74,16 @@ def mul(a: jax.Array, b: jax.Array, m: Modulus) -> jax.Array:
     return (r << 16) + low * b - nearest((real(r) * 65536.0 + real(low) * fb) * m.inverse) * m.q
 
 
-def mul_constant(r: jax.Array, t: jax.Array, t16: jax.Array, m: Modulus) -> jax.Array:
-    """r t, centred, of a centred r and a t of which t and t16 = 2^16 t are known, centred: one quotient."""
+def mul_constant(r: jax.Array, words: Sequence[Any], shares: Sequence[Any], m: Modulus) -> jax.Array:
+    """r t, centred, for a known t: one quotient. |r| < q, and r < 2^31 - 2^15.
+
+    Args:
+      words: t and 2^16 t, centred. shares: the same divided by q, float32.
+    """
     high = (r + 0x8000) >> 16
     low = r - (high << 16)
-    estimate = real(high) * real(t16) + real(low) * real(t)
-    return high * t16 + low * t - nearest(estimate * m.inverse) * m.q
+    quotient = nearest(real(high) * shares[1] + real(low) * shares[0])
+    return high * words[1] + low * words[0] - quotient * m.q
 
 
 def reduce(x: jax.Array, m: Modulus) -> jax.Array:

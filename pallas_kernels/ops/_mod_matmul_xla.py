@@ -10,23 +10,17 @@ from jax import lax
 from pallas_kernels import lowering
 from pallas_kernels.kernels import mod_matmul as kernels
 from pallas_kernels.kernels import modular
+from pallas_kernels.kernels.mod_matmul import Reduction
 from pallas_kernels.kernels.modular import Modulus
 
 
-def in_digits(
-    x: jax.Array, weights: jax.Array, m: Modulus, *, wide: bool, centred: bool, side: str = "right"
-) -> jax.Array:
-    """A product modulo q of int32 data and the int8 digits of weights, centred. Limbs lead.
+def in_digits(x: jax.Array, weights: jax.Array, m: Modulus, how: Reduction) -> jax.Array:
+    """x (L, M, K) int32 @ weights modulo q, canonical, from the digits (L, 4, 4, K, N) of the weights."""
 
-    Args:
-      side: of the weights: "right" for (L, M, K) times (L, 4, 4, K, N), "left" for (L, 4, 4, M, K) times (L, K, N).
-    """
-
-    def one_limb(x: jax.Array, w: jax.Array, q: jax.Array, inverse: jax.Array) -> jax.Array:
-        m = Modulus(q, inverse)
-        digits = kernels.digits(x if centred else modular.centre(x, m))
-        multiply = kernels.times_weights if side == "right" else lambda d, w: kernels.weights_times(w, d)
-        return kernels.fold(multiply(digits, lambda j, p: w[j, p]), m, wide)
+    def one_limb(x: jax.Array, w: jax.Array, *numbers: jax.Array) -> jax.Array:
+        m = Modulus(*numbers)
+        digits = kernels.digits(modular.centre(x, m) if how.centre else x)
+        return modular.canonical(kernels.fold(kernels.times_weights(digits, lambda j, p: w[j, p]), m, how), m)
 
     return jax.vmap(one_limb)(x, weights, *m)
 

@@ -10,6 +10,7 @@ from jax import lax
 from pallas_kernels import lowering
 from pallas_kernels.kernels import mod_matmul as kernels
 from pallas_kernels.kernels import modular
+from pallas_kernels.kernels.mod_matmul import Reduction
 from pallas_kernels.kernels.modular import Modulus
 from pallas_kernels.ops._mod_matmul_xla import (
     canonical_uint32,
@@ -20,27 +21,23 @@ from pallas_kernels.ops._mod_matmul_xla import (
 )
 
 
-def in_digits(
-    x: jax.Array, left: jax.Array, right: jax.Array, twiddles: jax.Array, q: jax.Array, reciprocal: jax.Array, *,
-    inverse: bool, wide: bool, centred: bool,
-) -> jax.Array:  # fmt: skip
-    """What the kernels do to x (B, L, R, C), by the same functions."""
+def in_digits(x: jax.Array, *tables: jax.Array, inverse: bool, how: Reduction) -> jax.Array:
+    """What the kernels do to x (B, L, R, C), by the same functions. tables: as for the launchers."""
 
-    def one(x: jax.Array, left: Any, right: Any, t: Any, q: Any, reciprocal: Any) -> jax.Array:
-        m = Modulus(q, reciprocal)
-        x = x if centred else modular.centre(x, m)
+    def one(x: jax.Array, left: Any, right: Any, words: Any, shares: Any, *numbers: Any) -> jax.Array:
+        m = Modulus(*numbers)
+        x = modular.centre(x, m) if how.centre else x
 
         def down_columns(x: jax.Array) -> jax.Array:
-            return kernels.fold(kernels.stacked_times(left, x), m, wide)
+            return kernels.fold(kernels.stacked_times(left, x), m, how)
 
         def along_rows(x: jax.Array) -> jax.Array:
-            return kernels.fold(kernels.times_weights(kernels.digits(x), lambda j, p: right[j, p]), m, wide)
+            return kernels.fold(kernels.times_weights(kernels.digits(x), lambda j, p: right[j, p]), m, how)
 
         first, second = (along_rows, down_columns) if inverse else (down_columns, along_rows)
-        return modular.canonical(second(modular.mul_constant(first(x), t[0], t[1], m)), m)
+        return modular.canonical(second(modular.mul_constant(first(x), words, shares, m)), m)
 
-    limbs = jax.vmap(one)
-    return jax.vmap(limbs, (0, *[None] * 5))(x, left, right, twiddles, q, reciprocal)
+    return jax.vmap(jax.vmap(one), (0, *[None] * len(tables)))(x, *tables)
 
 
 def in_float64(x: jax.Array, q: jax.Array, tables: Any, *, inverse: bool) -> jax.Array:

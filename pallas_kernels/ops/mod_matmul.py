@@ -196,22 +196,19 @@ def _multiply(
         sums = functools.reduce(lambda x, y: modular.add(x, y, Modulus(q, None)), map(as_int32, parts))
         return as_uint32(sums)
     q = jnp.array(moduli, jnp.int32)[:, None, None]
-    options = {
-        "wide": not kernels.narrow(terms, max(moduli)),
-        "centred": max(moduli) <= kernels.LARGEST_WORD,
-    }
+    how = kernels.reduction(terms, moduli)
 
     def kernel(
         accelerator: Any, a: jax.Array, b: jax.Array, q: jax.Array, *weights: jax.Array, interpret: Any
     ) -> Any:
         m = Modulus(q, 1 / q.astype(jnp.float32))
         digits = weights[0] if weights else _weight_digits(as_int32(b), m)
-        return as_uint32(accelerator.mod_matmul(as_int32(a), digits, *m, **options, interpret=interpret))
+        return as_uint32(accelerator.mod_matmul(as_int32(a), digits, *m, how=how, interpret=interpret))
 
     def anywhere(a: jax.Array, b: jax.Array, q: jax.Array, *weights: jax.Array) -> jax.Array:
         m = Modulus(q, 1 / q.astype(jnp.float32))
         digits = weights[0] if weights else _weight_digits(as_int32(b), m)
-        return as_uint32(modular.canonical(in_digits(as_int32(a), digits, m, **options), m))
+        return as_uint32(in_digits(as_int32(a), digits, m, how))
 
     def in_xla(*operands: jax.Array) -> jax.Array:
         on_cpu = functools.partial(_on_cpu, terms=256 if max(moduli) < 2**31 - 512 else 128)

@@ -32,7 +32,7 @@ class Tables(NamedTuple):
 
     left: (L, R, R); right: (L, C, C); twiddles: (L, R, C).
     left_digits: (L, 4, R, 4 R); right_digits: (L, 4, 4, C, C).
-    twiddle_words: (L, 2, R, C) int32, t and 2^16 t, centred.
+    words, shares: (L, 2, R, C), the twiddles t and 2^16 t, centred, as int32; and divided by q, as float32.
     """
 
     left: Any
@@ -40,7 +40,8 @@ class Tables(NamedTuple):
     twiddles: Any
     left_digits: Any
     right_digits: Any
-    twiddle_words: Any
+    words: Any
+    shares: Any
 
 
 class NttPlan(Plan):
@@ -72,7 +73,12 @@ class NttPlan(Plan):
     split: tuple[int, int]
 
     def __init__(
-        self, n: int, moduli: Sequence[int], *, order: str = "bit_reversed", split: tuple[int, int] | None = None
+        self,
+        n: int,
+        moduli: Sequence[int],
+        *,
+        order: str = "bit_reversed",
+        split: tuple[int, int] | None = None,
     ):
         n, primes, split = _check_plan(n, moduli, order, split)
         both = [_tables(n, q, order, split) for q in primes]
@@ -87,10 +93,13 @@ class NttPlan(Plan):
         """A plan of shapes alone, to compile with."""
         n, primes, (r, c) = _check_plan(n, moduli, ORDERS[0], None)
         limbs = len(primes)
-        word, byte, signed = (functools.partial(jax.ShapeDtypeStruct, dtype=d) for d in (jnp.uint32, jnp.int8, jnp.int32))
+        word, byte, signed, real = (
+            functools.partial(jax.ShapeDtypeStruct, dtype=d)
+            for d in (jnp.uint32, jnp.int8, jnp.int32, jnp.float32)
+        )
         tables = Tables(
             word((limbs, r, r)), word((limbs, c, c)), word((limbs, r, c)), byte((limbs, 4, r, 4 * r)),
-            byte((limbs, 4, 4, c, c)), signed((limbs, 2, r, c)),
+            byte((limbs, 4, 4, c, c)), signed((limbs, 2, r, c)), real((limbs, 2, r, c)),
         )  # fmt: skip
         return cls.of(tables, tables, n, primes, ORDERS[0], (r, c))
 
@@ -199,7 +208,9 @@ def _transform(x: Any, plan: NttPlan, inverse: bool, implementation: str | None)
         raise TypeError(f"ntt: `plan` must be an NttPlan, got {type(plan)}")
     check_residues("ntt", plan.moduli, x=x)
     if x.shape[-1] != plan.n:
-        raise ValueError(f"ntt: `x` must be (..., {len(plan.moduli)}, {plan.n}) for this plan, got shape {x.shape}")
+        raise ValueError(
+            f"ntt: `x` must be (..., {len(plan.moduli)}, {plan.n}) for this plan, got shape {x.shape}"
+        )
     if x.size == 0:
         return x
     tables = plan.inverse if inverse else plan.forward
@@ -224,19 +235,19 @@ def _run(
     if order == "natural" and inverse:
         x = x.reshape(*x.shape[:2], columns, rows).swapaxes(2, 3)
     q = jnp.array(primes, jnp.int32)[:, None, None]
-    options: dict[str, Any] = {
-        "inverse": inverse,
-        "wide": not kernels.narrow(max(rows, columns), max(primes)),
-        "centred": max(primes) <= kernels.LARGEST_WORD,
-    }
+    options = {"inverse": inverse, "how": kernels.reduction(max(rows, columns), primes)}
 
-    def in_words(run: Callable[..., jax.Array], x: jax.Array, q: jax.Array, tables: Tables, **more: Any) -> jax.Array:
+    def in_words(
+        run: Callable[..., jax.Array], x: jax.Array, q: jax.Array, tables: Tables, **more: Any
+    ) -> jax.Array:
         m = Modulus(q, 1 / q.astype(jnp.float32))
         return as_uint32(run(as_int32(x), *tables[3:], *m, **options, **more))
 
     def in_xla(*operands: Any) -> jax.Array:
         on_cpu = functools.partial(xla.in_float64, inverse=inverse)
-        return lax.platform_dependent(*operands, cpu=on_cpu, default=functools.partial(in_words, xla.in_digits))
+        return lax.platform_dependent(
+            *operands, cpu=on_cpu, default=functools.partial(in_words, xla.in_digits)
+        )
 
     small = f"transforms of {rows} x {columns} are left to XLA" if min(rows, columns) < 32 else None
     on_tpu, on_gpu = (functools.partial(in_words, accelerator.ntt) for accelerator in (tpu, gpu))
@@ -283,12 +294,12 @@ def _tables(n: int, q: int, order: str, split: tuple[int, int]) -> tuple[Tables,
     def of(left: np.ndarray, right: np.ndarray, twiddles: np.ndarray, scale: int) -> Tables:
         w, v, t = (table[exponents % (2 * n)] for exponents in (left, right, twiddles))
         t = t * np.uint64(scale) % np.uint64(q)
-        words = [moduli.centred(t * np.uint64(s) % np.uint64(q), q) for s in (1, 2**16 % q)]
+        words = np.stack([moduli.centred(t * np.uint64(s) % np.uint64(q), q) for s in (1, 2**16 % q)])
         # From [j, p, R, K] to [p, R, j K]: the order of `digit_rows`.
         digits = moduli.weight_digits(w, q).transpose(1, 2, 0, 3).reshape(4, rows, 4 * rows)
         return Tables(
             *(a.astype(np.uint32) for a in (w, v, t)),
-            digits, moduli.weight_digits(v, q), np.stack(words).astype(np.int32),
+            digits, moduli.weight_digits(v, q), words.astype(np.int32), (words / q).astype(np.float32),
         )  # fmt: skip
 
     return of(left, right, twiddles, 1), of(-left.T, -right.T, -twiddles, pow(n, -1, q))
@@ -311,7 +322,12 @@ def _parity_cases() -> list[Case]:
 def _compile_cases(full: bool) -> list[Case]:
     """Rings of CKKS, with a batch that uses the matrices again, and alone."""
     sizes = (
-        [(n, limbs, batch) for n in (2**12, 2**13, 2**14, 2**15, 2**16) for limbs in (4, 16, 48) for batch in (32, 1)]
+        [
+            (n, limbs, batch)
+            for n in (2**12, 2**13, 2**14, 2**15, 2**16)
+            for limbs in (4, 16, 48)
+            for batch in (32, 1)
+        ]
         if full
         else [(2**11, 1, 4), (2**12, 4, 32), (2**14, 4, 8), (2**16, 2, 4)]
     )
