@@ -11,8 +11,8 @@ from pallas_kernels.kernels.mod_matmul import Reduction
 from pallas_kernels.kernels.ntt import transform
 from pallas_kernels.lowering import Work, launch
 
-# Words of all polynomials of a program: what hides the latency of the matrix units. The code grows with their number.
-WORDS, POLYNOMIALS = 1 << 18, 16
+# Rows of all polynomials of a program, which one product takes: what hides the latency of the matrix units.
+ROWS = 1024
 VMEM_BYTES = 48 << 20
 
 
@@ -31,8 +31,7 @@ def ntt(
       (B, L, R, C) int32, canonical.
     """
     batch, limbs, rows, columns = x.shape
-    most = max(1, min(POLYNOMIALS, WORDS // (rows * columns)))
-    count = next(c for c in range(min(most, batch), 0, -1) if batch % c == 0)
+    count = next(c for c in range(min(max(1, ROWS // rows), batch), 0, -1) if batch % c == 0)
     polynomials = pl.BlockSpec((count, None, rows, columns), lambda limb, b: (b, limb, 0, 0))
 
     def of_limb(a: jax.Array) -> pl.BlockSpec:

@@ -320,17 +320,15 @@ def _parity_cases() -> list[Case]:
 
 
 def _compile_cases(full: bool) -> list[Case]:
-    """Rings of CKKS, with a batch that uses the matrices again, and alone."""
-    sizes = (
-        [
-            (n, limbs, batch)
-            for n in (2**12, 2**13, 2**14, 2**15, 2**16)
-            for limbs in (4, 16, 48)
-            for batch in (32, 1)
+    """Rings of CKKS: alone; with a batch that uses the matrices again; and with one limb, which is what the profiler of
+    TPUs can follow of a batch.
+    """
+    sizes = [(2**11, 1, 4), (2**12, 4, 32), (2**14, 1, 128), (2**16, 1, 32)]
+    if full:
+        sizes = [
+            *((n, limbs, batch) for n in (2**12, 2**14, 2**16) for limbs in (4, 16, 48) for batch in (1, 32)),
+            *((2**13, 8, 1), (2**15, 8, 1), (2**12, 1, 512), (2**14, 1, 128), (2**16, 1, 32)),
         ]
-        if full
-        else [(2**11, 1, 4), (2**12, 4, 32), (2**14, 4, 8), (2**16, 2, 4)]
-    )
     return [_compile_case(*size, inverse=inverse) for size in sizes for inverse in (False, True)]
 
 
