@@ -50,27 +50,35 @@ def in_float64(x: jax.Array, q: jax.Array, tables: Any, *, inverse: bool) -> jax
 def _in_float64(
     x: jax.Array, q: jax.Array, left: jax.Array, right: jax.Array, twiddles: jax.Array, inverse: bool
 ) -> jax.Array:
+    # A limb and a polynomial at a time: that stays in the cache.
+    of_limb = functools.partial(_limb_in_float64, inverse=inverse)
+    return lax.map(of_limb, (x.swapaxes(0, 1), q, left, right, twiddles)).swapaxes(0, 1)
+
+
+def _limb_in_float64(operands: tuple[jax.Array, ...], inverse: bool) -> jax.Array:
+    x, q, *tables = operands
     m = float64_modulus(q)
-    x, left, right, twiddles = (centred_float64(v, m) for v in (x, left, right, twiddles))
-    rows, columns = x.shape[2:]
-    down = jnp.concatenate(split_float64(left), 1)
-    along = jnp.concatenate(split_float64(right), 2)
+    left, right, twiddles = (centred_float64(t, m) for t in tables)
+    rows, columns = twiddles.shape
+    down = jnp.concatenate(split_float64(left), 0)
+    along = jnp.concatenate(split_float64(right), 1)
     high, low = split_float64(twiddles)
+    multiply = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
     def whole(upper: jax.Array, lower: jax.Array) -> jax.Array:
         return reduce_float64(reduce_float64(upper, m) * 2.0**15 + lower, m)
 
-    def twiddled(y: jax.Array) -> jax.Array:
-        return whole(y * high, y * low)
-
     def down_columns(y: jax.Array) -> jax.Array:
-        product = lax.dot_general(down, y, (((2,), (1,)), ((0,), (0,))), precision=lax.Precision.HIGHEST)
-        return whole(product[:, :rows], product[:, rows:])
+        product = multiply(down, y)
+        return whole(product[:rows], product[rows:])
 
     def along_rows(y: jax.Array) -> jax.Array:
-        product = lax.dot_general(y, along, (((2,), (1,)), ((0,), (0,))), precision=lax.Precision.HIGHEST)
-        return whole(product[..., :columns], product[..., columns:])
+        product = multiply(y, along)
+        return whole(product[:, :columns], product[:, columns:])
 
-    first, second = (along_rows, down_columns) if inverse else (down_columns, along_rows)
-    # A polynomial at a time stays in the cache.
-    return lax.map(lambda y: canonical_uint32(second(twiddled(first(y))), m), x)
+    def transform(y: jax.Array) -> jax.Array:
+        first, second = (along_rows, down_columns) if inverse else (down_columns, along_rows)
+        y = first(centred_float64(y, m))
+        return canonical_uint32(second(whole(y * high, y * low)), m)
+
+    return lax.map(transform, x)
