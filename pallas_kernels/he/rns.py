@@ -56,12 +56,12 @@ def to_integers(x: Any, moduli: Sequence[int], *, signed: bool = True) -> np.nda
     limbs = np.moveaxis(np.asarray(x), -2, 0)
     whole = math.prod(moduli)
     values = np.array(garner(limbs, moduli), object).reshape(limbs.shape[1:])
-    return values - whole * (values > whole // 2) if signed else values
+    return np.where(values > whole // 2, values - whole, values) if signed else values
 
 
 def mod_up(x: jax.Array, source: Sequence[int], extra: Sequence[int], *, exact: bool = False) -> jax.Array:
     """Add limbs: (..., K, N) to (..., K + J, N). Unless `exact`, what the new limbs hold is x + v Q, |v| <= K / 2."""
-    more = basis_conversion(x, _basis(tuple(source), tuple(extra)), exact=exact)
+    more = basis_conversion(x, basis(tuple(source), tuple(extra)), exact=exact)
     return jnp.concatenate([x, more], -2)
 
 
@@ -72,7 +72,7 @@ def mod_down(x: jax.Array, moduli: Sequence[int], extra: Sequence[int], *, exact
     may be off by v P, and the result by v, |v| <= K / 2. (One limb is always exact.)
     """
     count = len(moduli)
-    remainder = basis_conversion(x[..., count:, :], _basis(tuple(extra), tuple(moduli)), exact=exact)
+    remainder = basis_conversion(x[..., count:, :], basis(tuple(extra), tuple(moduli)), exact=exact)
     return _divided(x[..., :count, :], remainder, tuple(moduli), math.prod(extra))
 
 
@@ -99,7 +99,7 @@ def mod_down_values(x: jax.Array, plan: NttPlan, count: int) -> jax.Array:
     kept = len(plan.moduli) - count
     moduli, extra = plan.moduli[:kept], plan.moduli[kept:]
     below = intt(x[..., kept:, :], plan.limbs(slice(kept, None)))
-    remainder = ntt(basis_conversion(below, _basis(extra, moduli)), plan.limbs(slice(kept)))
+    remainder = ntt(basis_conversion(below, basis(extra, moduli)), plan.limbs(slice(kept)))
     return _divided(x[..., :kept, :], remainder, moduli, math.prod(extra))
 
 
@@ -136,7 +136,7 @@ def _divided(x: jax.Array, remainder: jax.Array, moduli: tuple[int, ...], diviso
 
 
 @functools.lru_cache(maxsize=256)
-def _basis(source: tuple[int, ...], target: tuple[int, ...]) -> BasisPlan:
-    # Made within a trace, its arrays must not be of it.
+def basis(source: tuple[int, ...], target: tuple[int, ...]) -> BasisPlan:
+    """The plan, made once. Where that happens within a trace, its arrays must not be of the trace."""
     with jax.ensure_compile_time_eval():
         return BasisPlan(source, target)

@@ -63,7 +63,7 @@ def _limb_in_float64(operands: tuple[jax.Array, ...], inverse: bool) -> jax.Arra
     down = jnp.concatenate(split_float64(left), 0)
     along = jnp.concatenate(split_float64(right), 1)
     high, low = split_float64(twiddles)
-    multiply = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    multiply = functools.partial(lax.dot, precision=lax.Precision.HIGHEST)
 
     def whole(upper: jax.Array, lower: jax.Array) -> jax.Array:
         return reduce_float64(reduce_float64(upper, m) * 2.0**15 + lower, m)

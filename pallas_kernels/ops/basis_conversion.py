@@ -114,7 +114,7 @@ def reference(x: jax.Array, plan: BasisPlan, *, exact: bool = False) -> jax.Arra
     times = functools.partial(modular_reference, operation="mul")
     y = times(x, _column([pow(math.prod(plan.source) // q, -1, q) for q in plan.source]), moduli=plan.source)
     q = _column(plan.source)
-    negative = y > q // 2
+    negative, whole = y > q // 2, math.prod(plan.source)
     total = jnp.zeros((*x.shape[:-2], len(plan.target), x.shape[-1]), jnp.uint32)
 
     def add(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -125,12 +125,16 @@ def reference(x: jax.Array, plan: BasisPlan, *, exact: bool = False) -> jax.Arra
         word = modular_reference(jnp.zeros_like(a), a, operation="reduce", moduli=plan.target)
         return times(word, _column([v % p for v, p in zip(values, plan.target, strict=True)]), moduli=plan.target)
 
-    whole = math.prod(plan.source)
-    for i, prime in enumerate(plan.source):
-        weight = [whole // prime] * len(plan.target)
-        total = add(total, times_column(y[..., i : i + 1, :], weight))
-        minus = times_column(negative[..., i : i + 1, :].astype(jnp.uint32), [-whole] * len(plan.target))
-        total = add(total, minus)
+
+    def add_limb(total: jax.Array, limb: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        y, negative, weight = limb
+        y = jnp.broadcast_to(y[..., None, :], total.shape)
+        word = modular_reference(jnp.zeros_like(y), y, operation="reduce", moduli=plan.target)
+        minus = jnp.where(negative[..., None, :], _column([-whole % p for p in plan.target]), 0)
+        return add(total, add(times(word, weight, moduli=plan.target), minus.astype(jnp.uint32))), None
+
+    weights = jnp.array([[whole // q % p for p in plan.target] for q in plan.source], jnp.uint32)[:, :, None]
+    total, _ = lax.scan(add_limb, total, (jnp.moveaxis(y, -2, 0), jnp.moveaxis(negative, -2, 0), weights))
     if not exact:
         return total
     signed = y.astype(jnp.float32) / q.astype(jnp.float32) - negative
@@ -201,9 +205,13 @@ def _in_float64(y: jax.Array, q: jax.Array, matrix: jax.Array) -> jax.Array:
     """Sums of up to 128 terms of 30 and 15 bits are exact."""
     m = float64_modulus(q)
     halves = jnp.concatenate(split_float64(centred_float64(matrix, m)))
-    product = jnp.einsum("jk,bkn->bjn", halves, y.astype(jnp.float64), precision=lax.Precision.HIGHEST)
-    high, low = product[:, : len(q)], product[:, len(q) :]
-    return canonical_uint32(reduce_float64(reduce_float64(high, m) * 2.0**15 + low, m), m)
+
+    def convert(y: jax.Array) -> jax.Array:
+        product = lax.dot(halves, y.astype(jnp.float64), precision=lax.Precision.HIGHEST)
+        high, low = product[: len(q)], product[len(q) :]
+        return canonical_uint32(reduce_float64(reduce_float64(high, m) * 2.0**15 + low, m), m)
+
+    return lax.map(convert, y)
 
 
 def _parity_cases() -> list[Case]:
