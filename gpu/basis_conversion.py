@@ -16,7 +16,13 @@ LIMBS, COLUMNS, WARPS = 32, 64, 4
 
 
 def basis_conversion(
-    x: jax.Array, weights: jax.Array, q: jax.Array, inverse: jax.Array, *, how: Reduction, interpret: Any = False
+    x: jax.Array,
+    weights: jax.Array,
+    q: jax.Array,
+    inverse: jax.Array,
+    *,
+    how: Reduction,
+    interpret: Any = False,
 ) -> jax.Array:
     """weights @ x, with a modulus for every row.
 

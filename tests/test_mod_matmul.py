@@ -61,7 +61,9 @@ def filled(kind: str, shape: tuple[int, ...], moduli: tuple[int, ...]) -> np.nda
     return values[kind]().astype(np.uint32)
 
 
-@pytest.mark.parametrize("kinds", [*itertools.product(["largest", "half", "above half", "bytes"], repeat=2)], ids=str)
+@pytest.mark.parametrize(
+    "kinds", [*itertools.product(["largest", "half", "above half", "bytes"], repeat=2)], ids=str
+)
 def test_extreme_factors(kinds, implementation):
     a, b = filled(kinds[0], (6, 2, 256), MODULI), filled(kinds[1], (6, 256, 3), MODULI)
     got = pk.he.mod_matmul(a, b, MODULI, implementation=implementation)
@@ -202,7 +204,7 @@ def test_what_is_refused(a, b, primes, error, text):
 
 def test_values_are_checked():
     a = np.zeros((1, 2, 2), np.uint32)
-    with pytest.raises(ValueError, match="`b` must be canonical.*got 20 for q = 17"):
+    with pytest.raises(ValueError, match=r"`b` must be canonical.*got 20 for q = 17"):
         pk.he.mod_matmul(a, a + 20, (17,))
     with pytest.raises(TypeError, match="`a` must be an array of uint32, got float32"):
         pk.he.mod_matmul(a.astype(np.float32), a, (17,))

@@ -80,7 +80,7 @@ def pairs() -> tuple[np.ndarray, np.ndarray]:
     rows = []
     for q in MODULI:
         some = np.array([(x, y) for x in edges(q) for y in edges(q)])
-        rows.append(np.concatenate([some, rng.integers(0, q, (400, 2))])[:500])
+        rows.append(np.concatenate([some, rng.integers(0, q, (500, 2))])[:500])
     return tuple(np.stack(rows).transpose(2, 0, 1).astype(np.uint32))
 
 
@@ -153,7 +153,7 @@ def test_jit_vmap_and_broadcasting(implementation):
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        (((1, 2), [0]), TypeError, "must be an array of uint32"),
+        (((17,), [0]), TypeError, "must be an array of uint32"),
         (
             ((17, 7), np.zeros((3, 4), np.uint32)),
             ValueError,
@@ -196,7 +196,7 @@ def test_primes():
     for i in range(2, 317):
         sieve[i * i :: i] = False
     assert [moduli.is_prime(i) for i in range(10**5)] == sieve.tolist()
-    assert not any(map(moduli.is_prime, (25326001, 134234113, 3215031751 - 2, 2**31 - 2)))
+    assert not any(map(moduli.is_prime, (25326001, 134234113, 2**31 - 2)))
     assert moduli.is_prime(2**31 - 1)
 
 

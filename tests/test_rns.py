@@ -62,7 +62,9 @@ BASES = [
 def test_approximate_conversions_differ_by_one_multiple(source, target, random):
     whole = math.prod(source)
     x = integers(random, whole)
-    got = np.asarray(rns.basis_conversion(rns.from_integers(x, source), BasisPlan(source, target))).astype(object)
+    got = np.asarray(rns.basis_conversion(rns.from_integers(x, source), BasisPlan(source, target))).astype(
+        object
+    )
     limit = len(source) // 2
     matches = np.array([[((x + v * whole) % p == row) for p, row in zip(target, got, strict=True)]
                         for v in range(-limit, limit + 1)])  # fmt: skip

@@ -18,7 +18,13 @@ LIMBS = 32
 
 
 def basis_conversion(
-    x: jax.Array, weights: jax.Array, q: jax.Array, inverse: jax.Array, *, how: Reduction, interpret: Any = False
+    x: jax.Array,
+    weights: jax.Array,
+    q: jax.Array,
+    inverse: jax.Array,
+    *,
+    how: Reduction,
+    interpret: Any = False,
 ) -> jax.Array:
     """weights @ x, with a modulus for every row.
 

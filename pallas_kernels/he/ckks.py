@@ -84,7 +84,13 @@ class Parameters:
 
 
 def parameters(
-    n: int, depth: int, *, scale_bits: int = 40, base_bits: int = 60, special: int = 1, allow_insecure: bool = False
+    n: int,
+    depth: int,
+    *,
+    scale_bits: int = 40,
+    base_bits: int = 60,
+    special: int = 1,
+    allow_insecure: bool = False,
 ) -> Parameters:
     """Choose moduli for a ring and a number of products one after the other.
 
@@ -129,15 +135,21 @@ def parameters(
 
 def _level_primes(n: int, depth: int, scale_bits: int, taken: set[int]) -> list[int]:
     """Pairs of primes, largest level first, whose products keep the scales near 2^scale_bits."""
-    pool = [q for q in itertools.islice(ntt_primes(n, scale_bits / 2), 8 * depth + 16) if q not in taken]
+    pool = [q for q in itertools.islice(ntt_primes(n, scale_bits / 2), 120) if q not in taken]
     scale, levels = 2.0**scale_bits, []
     for _ in range(depth):
         # The scale below is scale^2 / product: nearest to where it began.
-        wanted = scale**2 / 2.0**scale_bits
-        pair = min(itertools.combinations(pool, 2), key=lambda p: abs(math.log(p[0] * p[1] / wanted)))
+        wanted = 2 * math.log2(scale) - scale_bits
+        pairs = itertools.combinations(pool, 2)
+        pair = min(pairs, key=lambda p: abs(math.log2(p[0] * p[1]) - wanted), default=(1, 1))
         pool = [q for q in pool if q not in pair]
         scale = scale**2 / math.prod(pair)
         levels = [*pair, *levels]
+        if abs(math.log2(scale) - scale_bits) > 1:
+            raise ValueError(
+                f"ckks: for n = {n} there are too few primes near 2^{scale_bits / 2:g} for {depth} levels: take larger "
+                "`scale_bits`"
+            )
     return levels
 
 
@@ -152,7 +164,9 @@ class Plaintext:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["parts", "key"], meta_fields=["scale", "level", "parameters"]
+    jax.tree_util.register_dataclass,
+    data_fields=["parts", "key"],
+    meta_fields=["scale", "level", "parameters"],
 )
 @dataclass(frozen=True)
 class Ciphertext:
@@ -170,7 +184,9 @@ class Ciphertext:
     parameters: Parameters
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "key"], meta_fields=["parameters"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["values", "key"], meta_fields=["parameters"]
+)
 @dataclass(frozen=True, repr=False)
 class SecretKey:
     """values: (all limbs, n). Whoever has it reads everything: keep it to yourself."""
@@ -191,7 +207,9 @@ class PublicKey:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["relinearisation", "galois", "key"], meta_fields=["parameters"]
+    jax.tree_util.register_dataclass,
+    data_fields=["relinearisation", "galois", "key"],
+    meta_fields=["parameters"],
 )
 @dataclass(frozen=True, repr=False)
 class EvaluationKeys:
@@ -233,7 +251,9 @@ def generate_keys(
     top = _plan(parameters, parameters.depth)
     mask = _uniform(top)
     body = _sub(_noise(top), _mul(mask, secret[:count], top.moduli), top.moduli)
-    elements = {galois_element(parameters, r) for r in rotations} | ({2 * parameters.n - 1} if conjugation else set())
+    elements = {galois_element(parameters, r) for r in rotations} | (
+        {2 * parameters.n - 1} if conjugation else set()
+    )
     square = _mul(secret, secret, plan.moduli)
     moved = {k: jnp.take(secret, permutation(parameters.n, k), axis=-1) for k in sorted(elements - {1})}
     evaluation = EvaluationKeys(
@@ -312,7 +332,9 @@ def _slot_places(n: int) -> np.ndarray:
     return (powers - 1) // 2
 
 
-def encode(values: Any, parameters: Parameters, *, level: int | None = None, scale: float | None = None) -> Plaintext:
+def encode(
+    values: Any, parameters: Parameters, *, level: int | None = None, scale: float | None = None
+) -> Plaintext:
     """Encode a vector; on the host.
 
     Args:
@@ -336,7 +358,9 @@ def encode(values: Any, parameters: Parameters, *, level: int | None = None, sca
     coefficients = (np.fft.fft(points) / n * np.exp(-1j * np.pi * np.arange(n) / n)).real * scale
     plan = _plan(parameters, level)
     if np.abs(coefficients).max() * 2 >= math.prod(plan.moduli):
-        raise ValueError(f"ckks: values times the scale 2^{math.log2(scale):.1f} exceed the moduli of level {level}")
+        raise ValueError(
+            f"ckks: values times the scale 2^{math.log2(scale):.1f} exceed the moduli of level {level}"
+        )
     integers = np.rint(coefficients)
     big = np.abs(integers).max() >= 2**62
     integers = np.array([int(c) for c in integers], object) if big else integers.astype(np.int64)
@@ -426,7 +450,9 @@ def multiply(x: Ciphertext, y: Ciphertext | Plaintext) -> Ciphertext:
     if isinstance(y, Plaintext):
         return replace(x, parts=_mul(x.parts, y.values, moduli), scale=x.scale * y.scale)
     if len(x.parts) != 2 or len(y.parts) != 2:
-        raise ValueError(f"ckks: relinearise before the next product; got {len(x.parts)} and {len(y.parts)} parts")
+        raise ValueError(
+            f"ckks: relinearise before the next product; got {len(x.parts)} and {len(y.parts)} parts"
+        )
     (a, b), (c, d) = x.parts, y.parts
     cross = _add(_mul(a, d, moduli), _mul(b, c, moduli), moduli)
     parts = jnp.stack([_mul(a, c, moduli), cross, _mul(b, d, moduli)])
@@ -507,7 +533,10 @@ def _switch(x: jax.Array, key: jax.Array, p: Parameters, level: int) -> jax.Arra
     alpha, count, last = len(p.special), len(plan.moduli), len(p.moduli)
     coefficients = intt(x, plan)
     digits = [
-        basis_conversion(coefficients[start : start + alpha], rns.basis(plan.moduli[start : start + alpha], extended.moduli))
+        basis_conversion(
+            coefficients[start : start + alpha],
+            rns.basis(plan.moduli[start : start + alpha], extended.moduli),
+        )
         for start in range(0, count, alpha)
     ]
     values = ntt(jnp.stack(digits), extended)
@@ -518,9 +547,7 @@ def _switch(x: jax.Array, key: jax.Array, p: Parameters, level: int) -> jax.Arra
 # Linear maps and polynomials
 
 
-def matrix(
-    m: Any, parameters: Parameters, *, level: int, stride: int = 1
-) -> dict[int, dict[int, Plaintext]]:
+def matrix(m: Any, parameters: Parameters, *, level: int, stride: int = 1) -> dict[int, dict[int, Plaintext]]:
     """Encode a square matrix for `matrix_vector`; on the host.
 
     Args:
@@ -534,7 +561,9 @@ def matrix(
     m = np.asarray(m, np.complex128)
     d, slots = len(m), parameters.slots
     if m.ndim != 2 or m.shape[1] != d or slots % (d * stride):
-        raise ValueError(f"ckks: a matrix (d, d) with d * {stride} dividing {slots} is wanted, got shape {m.shape}")
+        raise ValueError(
+            f"ckks: a matrix (d, d) with d * {stride} dividing {slots} is wanted, got shape {m.shape}"
+        )
     baby = 1 << (d - 1).bit_length() // 2 if d > 1 else 1
     scale = parameters.scales[level - 1] * parameters.dropped(level) / parameters.scales[level]
     rows, plan = np.arange(d), {}
@@ -602,7 +631,10 @@ def polynomial(x: Ciphertext, coefficients: Sequence[float], keys: EvaluationKey
     total = None
     for k in range(1, degree + 1):
         if coefficients[k]:
-            term = multiply(drop_level(powers[k], level), encode(_constant(coefficients[k], p), p, level=level, scale=scale))
+            term = multiply(
+                drop_level(powers[k], level),
+                encode(_constant(coefficients[k], p), p, level=level, scale=scale),
+            )
             total = term if total is None else add(total, term)
     if total is None:
         raise ValueError("ckks: a polynomial that depends on x is wanted")

@@ -122,7 +122,9 @@ def constant(value: int, moduli: Sequence[int]) -> jax.Array:
 
 def lift(x: jax.Array, source: int, moduli: Sequence[int]) -> jax.Array:
     """Residues modulo one prime, nearest to 0, as residues modulo others: (..., 1, N) to (..., L, N)."""
-    word = reduce(jnp.broadcast_to(x, (*x.shape[:-2], len(moduli), x.shape[-1])), moduli, implementation="xla")
+    word = reduce(
+        jnp.broadcast_to(x, (*x.shape[:-2], len(moduli), x.shape[-1])), moduli, implementation="xla"
+    )
     shifted = sub(word, constant(source, moduli), moduli, implementation="xla")
     return jnp.where(x > source // 2, shifted, word)
 

@@ -123,8 +123,9 @@ def reference(x: jax.Array, plan: BasisPlan, *, exact: bool = False) -> jax.Arra
     def times_column(a: jax.Array, values: Sequence[int]) -> jax.Array:
         a = jnp.broadcast_to(a, total.shape)
         word = modular_reference(jnp.zeros_like(a), a, operation="reduce", moduli=plan.target)
-        return times(word, _column([v % p for v, p in zip(values, plan.target, strict=True)]), moduli=plan.target)
-
+        return times(
+            word, _column([v % p for v, p in zip(values, plan.target, strict=True)]), moduli=plan.target
+        )
 
     def add_limb(total: jax.Array, limb: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         y, negative, weight = limb
@@ -167,13 +168,17 @@ def _run(
     how = kernels.reduction(len(source), target)._replace(centre=False)
     q = jnp.array(target, jnp.int32)[:, None]
 
-    def kernel(accelerator: Any, y: jax.Array, q: jax.Array, _: Any, weights: jax.Array, **more: Any) -> jax.Array:
+    def kernel(
+        accelerator: Any, y: jax.Array, q: jax.Array, _: Any, weights: jax.Array, **more: Any
+    ) -> jax.Array:
         return accelerator.basis_conversion(y, weights, q, 1 / q.astype(jnp.float32), how=how, **more)
 
     def anywhere(y: jax.Array, q: jax.Array, _: Any, weights: jax.Array) -> jax.Array:
         m = Modulus(q, 1 / q.astype(jnp.float32))
         stacked = weights.reshape(4, len(target), -1)
-        return jax.vmap(lambda y: modular.canonical(kernels.fold(kernels.stacked_times(stacked, y), m, how), m))(y)
+        return jax.vmap(
+            lambda y: modular.canonical(kernels.fold(kernels.stacked_times(stacked, y), m, how), m)
+        )(y)
 
     def in_xla(*operands: jax.Array) -> jax.Array:
         return lax.platform_dependent(*operands, cpu=_on_cpu, default=anywhere)
@@ -185,7 +190,9 @@ def _run(
     if exact:
         v = modular.nearest(jnp.sum(modular.real(y) * m.inverse, 1, keepdims=True))
         to = _modulus(target)
-        excess = modular.canonical(modular.mul(v, jnp.array([whole % p for p in target], jnp.int32)[:, None], to), to)
+        excess = modular.canonical(
+            modular.mul(v, jnp.array([whole % p for p in target], jnp.int32)[:, None], to), to
+        )
         out = modular.sub(out, excess, to)
     return as_uint32(out).reshape(*lead, len(target), n)
 
