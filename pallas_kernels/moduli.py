@@ -143,4 +143,5 @@ def garner(residues: np.ndarray, moduli: Sequence[int]) -> list[int]:
     total = math.prod(moduli)
     terms = [total // q * pow(total // q, -1, q) for q in moduli]
     columns = np.asarray(residues).reshape(len(moduli), -1).astype(object)
-    return [int(x) for x in sum(t * row for t, row in zip(terms, columns, strict=True)) % total]
+    sums = np.sum([t * row for t, row in zip(terms, columns, strict=True)], axis=0)
+    return [int(x) for x in sums % total]

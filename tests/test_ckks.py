@@ -19,7 +19,9 @@ class Setting:
     def __init__(self, n: int, depth: int, seed: int, **options):
         self.p = ckks.parameters(n, depth, **options)
         rotations = {1, 5, n // 2 - 3} | ckks.matrix_rotations(8, n // 16) | ckks.matrix_rotations(8)
-        self.secret, self.public, self.keys = ckks.generate_keys(self.p, rotations=rotations, conjugation=True)
+        self.secret, self.public, self.keys = ckks.generate_keys(
+            self.p, rotations=rotations, conjugation=True
+        )
         self.random = np.random.default_rng(seed)
 
     def vector(self, complex_too: bool = True) -> np.ndarray:
@@ -143,7 +145,9 @@ def test_matrix_vector(small, stride):
     assert got.level == 2 and small.error(got, expected.ravel()) < 1e-5
 
 
-@pytest.mark.parametrize("coefficients", [[0.25, -1.5], [0, 0, 2], [0.5, -0.3, 0.7, 0.2], [1, 0, 0, 0, -0.25]], ids=len)
+@pytest.mark.parametrize(
+    "coefficients", [[0.25, -1.5], [0, 0, 2], [0.5, -0.3, 0.7, 0.2], [1, 0, 0, 0, -0.25]], ids=len
+)
 def test_polynomials(small, coefficients):
     v = small.vector(complex_too=False)
     got = ckks.polynomial(small.encrypt(v), coefficients, small.keys)
@@ -301,14 +305,18 @@ def test_other_parameters_are_refused(small):
         ckks.decrypt(y, small.secret)
 
 
-@pytest.mark.parametrize(("n", "depth", "bits"), [(2**10, 0, 40), (2**12, 1, 40), (2**13, 4, 40), (2**14, 9, 46)])
+@pytest.mark.parametrize(
+    ("n", "depth", "bits"), [(2**10, 0, 40), (2**12, 1, 40), (2**13, 4, 40), (2**14, 9, 46)]
+)
 def test_insecure_parameters_are_refused(n, depth, bits):
     with pytest.raises(ValueError, match="less than 128 bits of security"):
         ckks.parameters(n, depth, scale_bits=bits)
     assert ckks.parameters(n, depth, scale_bits=bits, allow_insecure=True).depth == depth
 
 
-@pytest.mark.parametrize(("n", "depth", "bits"), [(2**13, 3, 40), (2**14, 4, 40), (2**14, 7, 46), (2**15, 12, 52)])
+@pytest.mark.parametrize(
+    ("n", "depth", "bits"), [(2**13, 3, 40), (2**14, 4, 40), (2**14, 7, 46), (2**15, 12, 52)]
+)
 def test_secure_parameters(n, depth, bits):
     p = ckks.parameters(n, depth, scale_bits=bits)
     every = (*p.moduli, *p.special)
@@ -327,7 +335,9 @@ def test_options_of_parameters():
 
 
 def test_too_few_primes_are_refused():
-    with pytest.raises(ValueError, match="too few primes near 2\\^20 for 12 levels: take larger `scale_bits`"):
+    with pytest.raises(
+        ValueError, match="too few primes near 2\\^20 for 12 levels: take larger `scale_bits`"
+    ):
         ckks.parameters(2**15, 12)
 
 

@@ -22,7 +22,10 @@ def test_encrypted_predictions_are_the_clear_ones(tmp_path, deep):
 
 def test_the_network_in_the_clear():
     random = np.random.default_rng(0)
-    layers = [(random.normal(size=(3, 5)), random.normal(size=3)), (random.normal(size=(2, 3)), random.normal(size=2))]
+    layers = [
+        (random.normal(size=(3, 5)), random.normal(size=3)),
+        (random.normal(size=(2, 3)), random.normal(size=2)),
+    ]
     x = random.normal(size=5)
     expected = layers[1][0] @ (layers[0][0] @ x + layers[0][1]) ** 2 + layers[1][1]
     np.testing.assert_allclose(encrypted._forward(layers, x), expected)

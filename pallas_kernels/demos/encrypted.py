@@ -116,7 +116,7 @@ def run(out: str | Path = "encrypted.png", *, deep: bool = False, images: int = 
         )
         progress.advance("keys are made")
         weights = _encode(layers, parameters, together)
-        logits, spent = [], 0.0
+        logits, spent, largest = [], 0.0, 0.0
         for first in range(0, len(x_test), together):
             x = np.zeros((PIXELS, together))
             some = x_test[first : first + together]
@@ -129,7 +129,7 @@ def run(out: str | Path = "encrypted.png", *, deep: bool = False, images: int = 
                 progress.advance(f"layer {i + 1} is computed")
             jax.block_until_ready(y.parts)
             spent += time.monotonic() - begin
-            slots = ckks.decode(ckks.decrypt(y, secret), parameters).real
+            slots = np.real(ckks.decode(ckks.decrypt(y, secret), parameters))
             logits.append(slots.reshape(PIXELS, together)[:CLASSES, : len(some)].T)
             largest = (
                 np.prod([float(q) for q in parameters.moduli[: parameters.limbs(y.level)]]) / 2 / y.scale
@@ -166,8 +166,7 @@ def _train(x: np.ndarray, y: np.ndarray, deep: bool, seed: int, progress: Progre
     random = np.random.default_rng(seed)
     sizes = [PIXELS, 32, CLASSES] if deep else [PIXELS, CLASSES]
     layers = [
-        (jnp.asarray(random.normal(size=(m, n)) / n**0.5), jnp.zeros(m))
-        for n, m in itertools.pairwise(sizes)
+        (jnp.asarray(random.normal(size=(m, n)) / n**0.5), jnp.zeros(m)) for n, m in itertools.pairwise(sizes)
     ]
     optimizer = optax.adamw(0.01, weight_decay=1e-3)
     state = optimizer.init(layers)

@@ -3,7 +3,7 @@
 A research library: not audited, and not constant in time.
 """
 
-from pallas_kernels.he import rns
+from pallas_kernels.he import ckks, rns
 from pallas_kernels.he.ring import automorphism, monomial_mul, ntt_automorphism
 from pallas_kernels.moduli import check_moduli, ntt_primes
 from pallas_kernels.ops.basis_conversion import BasisPlan, basis_conversion
@@ -29,6 +29,7 @@ __all__ = [
     "automorphism",
     "basis_conversion",
     "check_moduli",
+    "ckks",
     "from_montgomery",
     "intt",
     "mod_matmul",

@@ -97,7 +97,7 @@ def parameters(
     Args:
       n: degree, a power of two from 2^3; n / 2 slots.
       depth: products (of ciphertexts or with plaintexts) one after the other.
-      scale_bits: of the scale, from 36: about how many bits a value has after the point, and the noise takes 20 of them.
+      scale_bits: of the scale, from 36: the bits of a value after the point, of which the noise takes about 18.
       base_bits: of what is left at level 0: values are up to 2^(base_bits - scale_bits - 1).
       special: primes of keys alone. More make keys smaller and key switching faster, and take bits from the levels.
       allow_insecure: take what has less than 128 bits of security.
@@ -127,8 +127,8 @@ def parameters(
     most = MOST_BITS.get(n, 0 if n < 2**10 else MOST_BITS[2**15])
     if bits > most and not allow_insecure:
         raise ValueError(
-            f"ckks: moduli of {bits:.0f} bits leave less than 128 bits of security for n = {n}, which allows {most}: take "
-            "a larger n, less depth or smaller scales; or `allow_insecure=True`, to experiment"
+            f"ckks: moduli of {bits:.0f} bits leave less than 128 bits of security for n = {n}, which allows {most}: "
+            "take a larger n, less depth or smaller scales; or `allow_insecure=True`, to experiment"
         )
     return chosen
 

@@ -16,8 +16,8 @@ from pallas_kernels.kernels.modular import Modulus
 
 
 def transform(
-    x_ref: Any, left_ref: Any, right_ref: Any, words_ref: Any, shares_ref: Any, q_ref: Any, inverse_ref: Any, o_ref: Any,
-    *, inverse: bool, how: Reduction,
+    x_ref: Any, left_ref: Any, right_ref: Any, words_ref: Any, shares_ref: Any, q_ref: Any, inverse_ref: Any,
+    o_ref: Any, *, inverse: bool, how: Reduction,
 ) -> None:  # fmt: skip
     """Whole polynomials of one limb at once: between the products nothing leaves the core. For TPUs.
 
@@ -69,4 +69,5 @@ def half_transform(*refs: Any, side: str, last: bool, **options: Any) -> None:
     if last:
         o_ref[...] = modular.canonical(y, m)
     else:
-        o_ref[...] = modular.mul_constant(y, *twiddle_refs, m)
+        words_ref, shares_ref = twiddle_refs
+        o_ref[...] = modular.mul_constant(y, words_ref, shares_ref, m)

@@ -43,7 +43,7 @@ def in_digits(x: jax.Array, *tables: jax.Array, inverse: bool, how: Reduction) -
 def in_float64(x: jax.Array, q: jax.Array, tables: Any, *, inverse: bool) -> jax.Array:
     """The same of canonical uint32 in float64: see `_mod_matmul_xla.in_float64`. Sums have up to 256 terms."""
     with lowering.enable_x64():
-        return _in_float64(x, q, *tables[:3], inverse)
+        return _in_float64(x, q, tables.left, tables.right, tables.twiddles, inverse)
 
 
 @functools.partial(jax.jit, static_argnums=5)

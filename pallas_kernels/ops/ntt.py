@@ -54,8 +54,8 @@ class NttPlan(Plan):
       split: (R, C) with R C = n: the polynomial as a matrix of that shape, whose columns and rows are transformed. It
         changes speed, not results.
 
-    psi is the smallest primitive 2n-th root of unity. It is immutable, hashable, and a pytree: an argument or a constant
-    of jitted functions. Its digits take 16 (R^2 + C^2) bytes a limb and direction.
+    psi is the smallest primitive 2n-th root of unity. It is immutable, hashable, and a pytree: an argument or a
+    constant of jitted functions. Its digits take 16 (R^2 + C^2) bytes a limb and direction.
 
     Example:
       >>> import pallas_kernels as pk
@@ -181,8 +181,8 @@ def polymul(f: jax.Array, g: jax.Array, plan: NttPlan, *, implementation: str | 
       >>> print(pk.he.polymul(x, x7, pk.he.NttPlan(8, (17,))))
       [[16  0  0  0  0  0  0  0]]
     """
-    values = (ntt(x, plan, implementation=implementation) for x in (f, g))
-    return intt(mul(*values, plan.moduli, implementation=implementation), plan, implementation=implementation)
+    a, b = (ntt(x, plan, implementation=implementation) for x in (f, g))
+    return intt(mul(a, b, plan.moduli, implementation=implementation), plan, implementation=implementation)
 
 
 def reference(x: jax.Array, plan: NttPlan, *, inverse: bool = False) -> jax.Array:
@@ -215,8 +215,7 @@ def _transform(x: Any, plan: NttPlan, inverse: bool, implementation: str | None)
         return x
     tables = plan.inverse if inverse else plan.forward
     x, *tables = lowering.make_varying(x, *tables)
-    static = plan.moduli, plan.order, inverse, choice, mod_matmul.no_int8()
-    return _run(x, Tables(*tables), *static)
+    return _run(x, Tables._make(tables), plan.moduli, plan.order, inverse, choice, mod_matmul.no_int8())
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
@@ -298,7 +297,7 @@ def _tables(n: int, q: int, order: str, split: tuple[int, int]) -> tuple[Tables,
         # From [j, p, R, K] to [p, R, j K]: the order of `digit_rows`.
         digits = moduli.weight_digits(w, q).transpose(1, 2, 0, 3).reshape(4, rows, 4 * rows)
         return Tables(
-            *(a.astype(np.uint32) for a in (w, v, t)),
+            w.astype(np.uint32), v.astype(np.uint32), t.astype(np.uint32),
             digits, moduli.weight_digits(v, q), words.astype(np.int32), (words / q).astype(np.float32),
         )  # fmt: skip
 
