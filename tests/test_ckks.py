@@ -237,7 +237,7 @@ def test_errors_at_128_bits_of_security(n, depth):
         assert s.error(ckks.add(x, y), v + w) < 2e-6
         assert s.error(ckks.product(x, y, s.keys), v * w) < 1e-5
         assert s.error(ckks.rotate(x, 5, s.keys), np.roll(v, -5)) < 1e-5
-    power = v / 2**0.5
+    power = s.vector() / 2**0.5
     x = s.encrypt(power)
     for _ in range(depth):
         x, power = ckks.square(x, s.keys), power**2
@@ -327,9 +327,9 @@ def test_secure_parameters(n, depth, bits):
 
 
 def test_options_of_parameters():
-    for options in ({"scale_bits": 20}, {"scale_bits": 60, "base_bits": 60}, {"special": 0}):
+    for scale, base, special in ((20, 60, 1), (60, 60, 1), (40, 60, 0)):
         with pytest.raises(ValueError, match="scale_bits"):
-            ckks.parameters(2**13, 1, **options)
+            ckks.parameters(2**13, 1, scale_bits=scale, base_bits=base, special=special)
     with pytest.raises(ValueError, match="depth"):
         ckks.parameters(2**13, -1)
 

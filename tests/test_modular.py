@@ -81,7 +81,8 @@ def pairs() -> tuple[np.ndarray, np.ndarray]:
     for q in MODULI:
         some = np.array([(x, y) for x in edges(q) for y in edges(q)])
         rows.append(np.concatenate([some, rng.integers(0, q, (500, 2))])[:500])
-    return tuple(np.stack(rows).transpose(2, 0, 1).astype(np.uint32))
+    a, b = np.stack(rows).transpose(2, 0, 1).astype(np.uint32)
+    return a, b
 
 
 @pytest.mark.parametrize("operation", [o for o in OPERATIONS if o != "reduce"])
@@ -102,15 +103,13 @@ def test_operations_at_the_edges(operation, implementation):
         "to_montgomery": (x * 2**32, (a,)),
         "from_montgomery": (x * unword, (a,)),
     }[operation]
-    arrays = [jnp.asarray(v) for v in arrays]
-    options = {"implementation": implementation}
+    options = {"moduli": MODULI, "implementation": implementation}
     if operation == "mul_shoup":
-        quotient = pk.he.shoup_quotient(b, MODULI)
-        got = pk.he.mul(*arrays, MODULI, method="shoup", quotient=quotient, **options)
+        got = pk.he.mul(a, b, method="shoup", quotient=pk.he.shoup_quotient(b, MODULI), **options)
     elif operation == "mul_montgomery":
-        got = pk.he.mul(*arrays, MODULI, method="montgomery", **options)
+        got = pk.he.mul(a, b, method="montgomery", **options)
     else:
-        got = getattr(pk.he, operation)(*arrays, MODULI, **options)
+        got = getattr(pk.he, operation)(*arrays, **options)
     np.testing.assert_array_equal(np.asarray(got), (expected % q).astype(np.uint32))
 
 
@@ -127,7 +126,8 @@ def test_mul_high():
 def test_montgomery_form_multiplies():
     q = (1073692673, 12289)
     a, b = (jnp.asarray(np.random.default_rng(4).integers(0, 12289, (2, 9)), jnp.uint32) for _ in range(2))
-    product = pk.he.mul(*(pk.he.to_montgomery(v, q) for v in (a, b)), q, method="montgomery")
+    x, y = (pk.he.to_montgomery(v, q) for v in (a, b))
+    product = pk.he.mul(x, y, q, method="montgomery")
     np.testing.assert_array_equal(pk.he.from_montgomery(product, q), pk.he.mul(a, b, q))
 
 

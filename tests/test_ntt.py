@@ -38,7 +38,9 @@ def random(shape: tuple[int, ...], q: tuple[int, ...], seed: int = 0) -> jax.Arr
     return jnp.asarray(draw_residues(np.random.default_rng(seed), "normal", shape, q))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=c.name, marks=[pytest.mark.slow] * ("n2048" in c.name)) for c in CASES]
+)
 def test_parity(case):
     one = dataclasses.replace(OPERATOR, parity_cases=lambda: [case])
     results = list(testing.check_operator(one))
@@ -86,6 +88,7 @@ def test_against_the_definition(n, q, order):
 SPLITS = [(4, 256), (8, 128), (16, 64), (32, 32), (64, 16), (128, 8), (256, 4)]
 
 
+@pytest.mark.slow
 def test_every_split_gives_the_same_bits():
     q = (536903681, 2147473409, 12289)
     x = random((2, 3, 1024), q)
@@ -93,6 +96,15 @@ def test_every_split_gives_the_same_bits():
     np.testing.assert_array_equal(expected[0, 0], definition(np.asarray(x)[0, 0], q[0], "bit_reversed"))
     for split in SPLITS:
         plan = NttPlan(1024, q, split=split)
+        np.testing.assert_array_equal(pk.he.ntt(x, plan), expected)
+        np.testing.assert_array_equal(pk.he.intt(expected, plan), x)
+
+
+def test_splits_of_a_small_ring_give_the_same_bits():
+    x = random((1, 64), (7681,))
+    first, *others = (NttPlan(64, (7681,), split=(r, 64 // r)) for r in (2, 8, 16))
+    expected = pk.he.ntt(x, first)
+    for plan in others:
         np.testing.assert_array_equal(pk.he.ntt(x, plan), expected)
         np.testing.assert_array_equal(pk.he.intt(expected, plan), x)
 
@@ -235,6 +247,6 @@ def test_bad_operands_are_refused():
     with pytest.raises(ValueError, match=r"canonical.*got 17"):
         pk.he.ntt(np.full((1, 8), 17, np.uint32), plan)
     with pytest.raises(TypeError, match="`plan` must be an NttPlan"):
-        pk.he.ntt(np.zeros((1, 8), np.uint32), (17,))
+        pk.he.ntt(np.zeros((1, 8), np.uint32), (17,))  # pyright: ignore[reportArgumentType]
     with pytest.raises(NotImplementedError, match="2 x 4 are left to XLA"), testing.interpret("tpu"):
         pk.he.ntt(np.zeros((1, 8), np.uint32), plan, implementation="pallas")

@@ -163,6 +163,6 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="at most 128 source limbs, got 129"):
         BasisPlan(primes(129), (17,))
     with pytest.raises(TypeError, match="must be a BasisPlan"):
-        rns.basis_conversion(jnp.zeros((1, 3), jnp.uint32), (17,))
+        rns.basis_conversion(jnp.zeros((1, 3), jnp.uint32), (17,))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"must be \(\.\.\., 2, N\)"):
         pk.he.basis_conversion(jnp.zeros((1, 3), jnp.uint32), BasisPlan((17, 19), (23,)))

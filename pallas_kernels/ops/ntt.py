@@ -1,6 +1,7 @@
 """Negacyclic number-theoretic transforms, and products of polynomials modulo X^n + 1."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from pallas_kernels.kernels.modular import Modulus
 from pallas_kernels.operators import Case, Operator
 from pallas_kernels.ops import _ntt_xla as xla
 from pallas_kernels.ops import mod_matmul
+from pallas_kernels.ops._ntt_baselines import baselines
 from pallas_kernels.ops.modular import as_int32, as_uint32, check_residues, draw_residues, mul, ntt_moduli
 from pallas_kernels.plans import Plan
 from pallas_kernels.tpu import ntt as tpu
@@ -185,10 +187,30 @@ def polymul(f: jax.Array, g: jax.Array, plan: NttPlan, *, implementation: str | 
     return intt(mul(a, b, plan.moduli, implementation=implementation), plan, implementation=implementation)
 
 
-def reference(x: jax.Array, plan: NttPlan, *, inverse: bool = False) -> jax.Array:
-    """The definition: a product with the matrix of all powers."""
-    matrices = jnp.asarray(np.stack([_definition(plan, q, inverse) for q in plan.moduli]))
+def reference(*arrays: jax.Array, plan: NttPlan, operation: str = "ntt") -> jax.Array:
+    """The definitions: a product with the matrix of all powers; of polynomials, the product of their values at 2^96."""
+    if operation == "polymul":
+        multiply = functools.partial(_polymul_of_integers, moduli=plan.moduli)
+        return jax.pure_callback(multiply, jax.ShapeDtypeStruct(arrays[0].shape, jnp.uint32), *arrays)
+    (x,) = arrays
+    matrices = jnp.asarray(np.stack([_definition(plan, q, operation == "intt") for q in plan.moduli]))
     return mod_matmul.reference(x[..., None, :], matrices, plan.moduli)[..., 0, :]
+
+
+def _polymul_of_integers(f: Any, g: Any, moduli: tuple[int, ...]) -> np.ndarray:
+    """On the host, by Kronecker: coefficients below 2^96 never meet in a product of Python's integers."""
+    f, g = np.asarray(f), np.asarray(g)
+    n, out = f.shape[-1], np.empty(f.shape, np.uint32)
+    for index in np.ndindex(f.shape[:-1]):
+        values = (int.from_bytes(np.stack([a[index], z, z], 1).astype("<u4").tobytes(), "little")
+                  for a, z in ((f, np.zeros(n, np.uint32)), (g, np.zeros(n, np.uint32))))  # fmt: skip
+        words = np.frombuffer(math.prod(values).to_bytes(24 * n, "little"), "<u4").reshape(2 * n, 3)
+        q = np.uint64(moduli[index[-1]])
+        residues = sum(
+            (words[:, i] % q * np.uint64(pow(2, 32 * i, int(q))) % q for i in range(3)), np.uint64(0)
+        )
+        out[index] = (residues[:n] + q * np.uint64(3) - residues[n:]) % q
+    return out
 
 
 def _definition(plan: NttPlan, q: int, inverse: bool) -> np.ndarray:
@@ -307,14 +329,14 @@ def _tables(n: int, q: int, order: str, split: tuple[int, int]) -> tuple[Tables,
 def _parity_cases() -> list[Case]:
     """Digits in the extreme: q just below 2^31, with the largest bytes; small q; the default split, and others."""
     return [
-        _case(n, primes, (2,), inverse=inverse, split=split)
+        _case(n, primes, (2,), operation=operation, split=split)
         for n, primes, split in (
             (8, (17, 257), None),
             (128, (257, 65537), (16, 8)),
             (1024, (2147473409, 12289), None),
             (2048, (536903681,), (64, 32)),
         )
-        for inverse in (False, True)
+        for operation in ("ntt", "intt", *["polymul"] * (n <= 1024))
     ]
 
 
@@ -328,14 +350,22 @@ def _compile_cases(full: bool) -> list[Case]:
             *((n, limbs, batch) for n in (2**12, 2**14, 2**16) for limbs in (4, 16, 48) for batch in (1, 32)),
             *((2**13, 8, 1), (2**15, 8, 1), (2**12, 1, 512), (2**14, 1, 128), (2**16, 1, 32)),
         ]
-    return [_compile_case(*size, inverse=inverse) for size in sizes for inverse in (False, True)]
+    return [_compile_case(*size, operation) for size in sizes for operation in ("ntt", "intt")]
 
 
-def _compile_case(n: int, limbs: int, batch: int, *, inverse: bool) -> Case:
+def _bench_cases() -> list[Case]:
+    return [
+        _case(n, tuple(itertools.islice(moduli.ntt_primes(n, 30), limbs)), (), operation="polymul")
+        for n in (2**12, 2**13, 2**14, 2**15, 2**16)
+        for limbs in (1, 16)
+    ]
+
+
+def _compile_case(n: int, limbs: int, batch: int, operation: str) -> Case:
     primes = ntt_moduli(limbs)
     x = jax.ShapeDtypeStruct((batch, limbs, n), jnp.uint32)
-    name = f"{'inverse' if inverse else 'forward'} n{n} L{limbs} B{batch}"
-    return Case(name, (x, NttPlan.abstract(n, primes)), {"inverse": inverse}, ())
+    name = f"{operation} n{n} L{limbs} B{batch}"
+    return Case(name, (x, NttPlan.abstract(n, primes)), {"operation": operation}, ())
 
 
 def _case(
@@ -343,21 +373,22 @@ def _case(
     primes: tuple[int, ...],
     lead: tuple[int, ...],
     *,
-    inverse: bool,
+    operation: str,
     split: tuple[int, int] | None = None,
 ) -> Case:
     shape = (*lead, len(primes), n)
+    count = 2 if operation == "polymul" else 1
 
     def draw(generator: np.random.Generator, trial: str) -> list[np.ndarray]:
-        return [draw_residues(generator, trial, shape, primes)]
+        return [draw_residues(generator, trial, shape, primes) for _ in range(count)]
 
-    name = f"{'inverse' if inverse else 'forward'} n{n} L{len(primes)} B{math.prod(lead)}"
-    options = {"plan": NttPlan(n, primes, split=split), "inverse": inverse}
-    return Case(name, (jax.ShapeDtypeStruct(shape, jnp.uint32),), options, (), draw)
+    name = f"{operation} n{n} L{len(primes)}" + "".join(f" B{size}" for size in lead)
+    options = {"plan": NttPlan(n, primes, split=split), "operation": operation}
+    return Case(name, (jax.ShapeDtypeStruct(shape, jnp.uint32),) * count, options, (), draw)
 
 
-def _apply(x: jax.Array, plan: NttPlan, *, inverse: bool, implementation: str | None = None) -> jax.Array:
-    return (intt if inverse else ntt)(x, plan, implementation=implementation)
+def _apply(*operands: Any, operation: str, **options: Any) -> jax.Array:
+    return {"ntt": ntt, "intt": intt, "polymul": polymul}[operation](*operands, **options)
 
 
 OPERATOR = Operator(
@@ -366,5 +397,6 @@ OPERATOR = Operator(
     reference=reference,
     parity_cases=_parity_cases,
     compile_cases=_compile_cases,
-    bench_cases=lambda: [],
+    bench_cases=_bench_cases,
+    baselines=baselines(),
 )
