@@ -84,7 +84,9 @@ def _tpu(task: Task, directory: str) -> Task:
     vmem = re.findall(
         r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"', text
     )
-    cycles = re.findall(r'"estimated_cycles":"?(\d+)', text)
+    # Of the kernels alone, not of the copies that XLA puts beside a bare one. An instruction may go over several lines.
+    instructions = [i for i in re.split(r"\n(?=  \S)", text) if "tpu_custom_call" in i]
+    cycles = re.findall(r'"estimated_cycles":"?(\d+)', "\n".join(instructions))
     return {
         "code_bytes": compiled.memory_analysis().generated_code_size_in_bytes,
         "memory_bytes": max(map(int, vmem), default=None),

@@ -348,9 +348,9 @@ def _profile(kernel: _Kernel, crew: "_Crew") -> _Task:
     reason = kernel.no_cycles
     if reason is None:
         reply = crew.ask("tpu-profile", kernel.task)
-        if not reply.pop("died", False):
+        if not reply.pop("died", False) and (reply.get("cycles") or "error" in reply):
             return reply
-        reason = f"cycles not estimated: {reply['error']}"
+        reason = f"cycles not estimated: {reply.get('error', 'the compiler gave none')}"
     return {"no_cycles": reason, **crew.ask("tpu-bundles", kernel.task)}
 
 

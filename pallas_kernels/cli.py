@@ -253,11 +253,15 @@ def _demo(values: flags.FlagValues, names: list[str]) -> int:
     Example:
       pallas-kernels demo vision
       pallas-kernels demo vision --out picture.png
+      pallas-kernels demo encrypted --deep
     """
     if len(names) != 1:
         raise UsageError(f"demo takes one name: {', '.join(_demos())}")
     run = importlib.import_module(f"pallas_kernels.demos.{_known('demo', names[0], _demos())}").run
-    print(run(out=values.out) if values.out else run())
+    options = {name: values[name].value for name in ("out", "deep") if values[name].value}
+    if unknown := options.keys() - inspect.signature(run).parameters.keys():
+        raise UsageError(f"demo {names[0]} takes no --{', --'.join(unknown)}")
+    print(run(**options))
     return 0
 
 
@@ -314,7 +318,14 @@ COMMANDS = {
             (flags.DEFINE_string, "only", None, "time the cases with this in their name"),
         ),
     ),
-    "demo": Command(_demo, "NAME", ((flags.DEFINE_string, "out", None, "the file to write"),)),
+    "demo": Command(
+        _demo,
+        "NAME",
+        (
+            (flags.DEFINE_string, "out", None, "the file to write"),
+            (flags.DEFINE_bool, "deep", False, "encrypted: two layers with a square between them"),
+        ),
+    ),
 }
 
 

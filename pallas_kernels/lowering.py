@@ -3,6 +3,8 @@
 Every kernel of the library is launched here and nowhere else, so that what changes in Pallas changes in one file.
 """
 
+import contextlib
+import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -108,6 +110,21 @@ def make_varying(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         return jax.lax.pvary(x, missing)
 
     return tuple(map(cast, arrays))
+
+
+def enable_x64() -> contextlib.AbstractContextManager[Any]:
+    """64-bit types within the block, wherever JAX keeps the switch."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    return importlib.import_module("jax.experimental").enable_x64()
+
+
+def tpu_kind() -> str | None:
+    """The kind of TPU that a program is traced for, as far as that is known: the one described, or the one here."""
+    described = getattr(getattr(jax.sharding, "get_abstract_mesh", lambda: None)(), "abstract_device", None)
+    if described is not None:
+        return described.device_kind if described.platform == "tpu" else None
+    return jax.devices()[0].device_kind if jax.default_backend() == "tpu" else None
 
 
 def _varying_struct(struct: jax.ShapeDtypeStruct, axes: frozenset[Any]) -> jax.ShapeDtypeStruct:

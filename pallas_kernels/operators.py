@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,14 @@ class Case:
     arguments: shapes and dtypes of the arrays.
     differentiable: which arguments have gradients.
     options: keyword arguments.
+    draw: makes the arguments for one of `testing.TRIALS`, where not any numbers of their dtypes will do.
     """
 
     name: str
     arguments: tuple[jax.ShapeDtypeStruct, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     differentiable: tuple[int, ...] = (0, 1)
+    draw: Callable[[np.random.Generator, str], list[np.ndarray]] | None = None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ Tests of kernels of one's own can use `assert_parity`, `assert_sensitive` and `i
 import contextlib
 import dataclasses
 import functools
-import importlib
 import io
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +29,7 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.lowering import Platform
+from pallas_kernels.lowering import Platform, enable_x64
 from pallas_kernels.operators import Case, Operator
 
 TRIALS = ("normal", "offset", "large", "tiny")
@@ -140,11 +139,18 @@ def inputs_for(case: Case, trial: str | int = "normal") -> list[np.ndarray]:
     Args:
       trial: "normal"; "offset": of mean 3; "large" and "tiny": the first argument scaled by 1000 and 1/1000
         (in float16 by 50 and 1/50); or the index of one of these. Integers take all values of their dtype.
+        A case that draws its arguments itself makes of these names what suits it.
     """
     trial = TRIALS[trial] if isinstance(trial, int) else trial
 
+    def generator_for(key: Any) -> np.random.Generator:
+        return np.random.default_rng(zlib.crc32(f"{case.name} {trial} {key}".encode()))
+
+    if case.draw:
+        return case.draw(generator_for("all"), trial)
+
     def draw(i: int, struct: jax.ShapeDtypeStruct) -> np.ndarray:
-        generator = np.random.default_rng(zlib.crc32(f"{case.name} {trial} {i}".encode()))
+        generator = generator_for(i)
         if jnp.issubdtype(struct.dtype, jnp.integer):
             info = jnp.iinfo(struct.dtype)
             return generator.integers(info.min, info.max, struct.shape, struct.dtype, endpoint=True)
@@ -282,7 +288,7 @@ _evaluate_unoptimized = jax.jit(
 def _expect(reference: Function, arguments: Arrays, differentiable: Sequence[int]) -> _Expected:
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         plain = _evaluate_unoptimized(reference, list(arguments), tuple(differentiable))
-        with _x64():
+        with enable_x64():
             wide = [_widened(np.asarray(a)) for a in arguments]
             truth = [np.asarray(v) for v in _evaluate_unoptimized(reference, wide, tuple(differentiable))]
     return _Expected(truth, [np.asarray(v) for v in plain], [jax.typeof(v) for v in plain])
@@ -380,12 +386,6 @@ def _impostors(reference: Function, arguments: Arrays, expected: _Expected) -> I
                 f"half of argument {i}",
                 _evaluate_unoptimized(reference, [*arguments[:i], half, *arguments[i + 1 :]], ())[0],
             )
-
-
-def _x64() -> contextlib.AbstractContextManager[Any]:
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(True)
-    return importlib.import_module("jax.experimental").enable_x64()
 
 
 def _race_detection() -> Any:

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as pk
-from pallas_kernels import aot, testing
+from pallas_kernels import aot, lowering, testing
 from pallas_kernels.ops.depthwise_conv import OPERATOR, reference
 
 CASES = OPERATOR.parity_cases()
@@ -115,7 +115,7 @@ def test_large_shapes_in_xla(x, kernel, options, dtype, tolerance, random):
     def ours(x, w, bias):
         return pk.depthwise_conv(x, w, bias=bias, implementation="xla", **options)
 
-    with testing._x64():
+    with lowering.enable_x64():
         narrow = [jnp.asarray(a, dtype) for a in arrays]
         wide = [a.astype(jnp.float64) for a in narrow]
         expected = jax.jit(functools.partial(evaluate, functools.partial(reference, **options)))(*wide)
@@ -133,7 +133,7 @@ def relative_to_rounding(y, exact):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_low_precision_sums_in_float32(conv, dtype, random):
     x, w = normal(random, 2, 5, 7, 8, dtype=dtype), normal(random, 7, 7, 8, dtype=dtype)
-    with testing._x64():
+    with lowering.enable_x64():
         exact = reference(x.astype(jnp.float64), w.astype(jnp.float64))
         y = conv(x, w)
         assert y.dtype == dtype
@@ -142,7 +142,7 @@ def test_low_precision_sums_in_float32(conv, dtype, random):
 
 def test_low_precision_of_961_taps_needs_float32(random):
     x, w = normal(random, 1, 31, 31, 8, dtype=jnp.bfloat16), normal(random, 31, 31, 8, dtype=jnp.bfloat16)
-    with testing._x64():
+    with lowering.enable_x64():
         exact = reference(x.astype(jnp.float64), w.astype(jnp.float64), padding="VALID")
         y = pk.depthwise_conv(x, w, padding="VALID", implementation="xla")
         products = (x[0] * w).reshape(-1, 8)
@@ -279,7 +279,7 @@ def test_the_platform_lowered_for_has_its_kernel(platform, implementation, trans
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_float32_has_its_kernel_where_float64_is_enabled(platform):
-    with testing._x64():
+    with lowering.enable_x64():
         assert kernels_in(lowered(gradients(pk.depthwise_conv), *structs(X, W), platform=platform)) == {
             platform
         }
@@ -287,7 +287,7 @@ def test_float32_has_its_kernel_where_float64_is_enabled(platform):
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
 def test_float64_is_left_to_xla(platform):
-    with testing._x64():
+    with lowering.enable_x64():
         text = lowered(gradients(pk.depthwise_conv), *structs(X, W, dtype=jnp.float64), platform=platform)
     assert not kernels_in(text)
 
@@ -456,14 +456,14 @@ def test_things_that_are_not_arrays_are_refused():
 
 
 def test_pallas_refuses_float64():
-    with testing._x64(), pytest.raises(NotImplementedError, match="no float64 arithmetic"):
+    with lowering.enable_x64(), pytest.raises(NotImplementedError, match="no float64 arithmetic"):
         jax.eval_shape(lambda: call(x_dtype="float64", implementation="pallas"))
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_interpreted_pallas_refuses_float64(platform):
     refused = pytest.raises(NotImplementedError, match=f"on {platform}.*no float64 arithmetic")
-    with testing._x64(), testing.interpret(platform), refused:
+    with lowering.enable_x64(), testing.interpret(platform), refused:
         jax.eval_shape(lambda: call(x_dtype="float64", implementation="pallas"))
 
 

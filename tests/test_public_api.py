@@ -10,14 +10,15 @@ from types import ModuleType
 import pytest
 
 import pallas_kernels as pk
-from pallas_kernels import aot, bench, models, nn, testing
+from pallas_kernels import aot, bench, he, models, nn, testing
+from pallas_kernels.he import ckks, ring, rns
 from pallas_kernels.models import unireplknet
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_public_names() -> None:
-    assert pk.__all__ == ["conv_general_dilated", "depthwise_conv"]
+    assert pk.__all__ == ["conv_general_dilated", "depthwise_conv", "he"]
     assert nn.__all__ == [
         "BRANCHES",
         "GRN",
@@ -33,7 +34,9 @@ def test_public_names() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [pk, nn, models, unireplknet, aot, bench, testing], ids=lambda m: m.__name__
+    "module",
+    [pk, nn, he, ckks, ring, rns, models, unireplknet, aot, bench, testing],
+    ids=lambda m: m.__name__,
 )
 def test_public_functions_and_classes_have_docstrings(module: ModuleType) -> None:
     names = getattr(module, "__all__", None) or [

@@ -77,7 +77,7 @@ def test_what_is_right_passes(size: int, kernel: int, dtype: Any, trial: str) ->
 
 
 def test_float64_is_held_to_float64() -> None:
-    with testing._x64():
+    with lowering.enable_x64():
         arguments = testing.inputs_for(case(dtype=jnp.float64))
         testing.assert_parity(jax.jit(right), reference, arguments)
         with pytest.raises(AssertionError, match="rms"):
