@@ -12,10 +12,10 @@ import jax
 from pallas_kernels import fourier
 from pallas_kernels.fourier import Lags, Plan
 
-# Sides of a matrix that Triton multiplies.
-SMALLEST = 16
-# The longest sequence of one kernel, and the largest factor of an outer pass.
-LONGEST, OUTER = 1 << 12, 1 << 7
+# Sides of a matrix that Triton multiplies; rows that fill the warps of a program.
+SMALLEST, FULL = 16, 64
+# The longest sequence of one kernel that spills no registers, by the number of parts; the largest outer factor.
+LONGEST, OUTER = {1: 1 << 12, 2: 1 << 11, 3: 1 << 10}, 1 << 6
 # Elements of a program's sequences, and of a block of an outer pass.
 BLOCK, OUTER_BLOCK = 1 << 14, 1 << 12
 
@@ -39,20 +39,21 @@ def gradients(
 def _plan(batch: int, length: int, channels: int, parts: int, mask: Any) -> Plan:
     del channels
     points = max(SMALLEST**2, 1 << (length - 1).bit_length())
-    outer: tuple[int, ...] = ()
-    skips = mask is not None and points == length <= LONGEST // 2
+    longest, outer = LONGEST[parts], ()
+    skips = mask is not None and points == length <= longest // 2
     if skips:
         points *= 2
-    while points > LONGEST:
-        n = min(OUTER, max(SMALLEST, points // LONGEST))
-        outer, points = (*outer, n), points // n
-    columns = 1 << (points.bit_length() - 1) // 2
-    rows = points // columns
+    while points > longest:
+        outer = (*outer, min(OUTER, max(SMALLEST, points // longest)))
+        points //= outer[-1]
+    rows = max(SMALLEST, min(2 * FULL, points // SMALLEST))
+    columns = points // rows
     kept = tuple(map(_power_of_two, fourier.kept(mask, rows, columns), (rows, columns))) if skips else None
+    group = 1 if outer or kept else max(1, FULL // rows)
     plan = Plan(
-        outer=outer, rows=rows, columns=columns, batch=1, channels=1, block=1,
+        outer=outer, rows=rows, columns=columns, batch=group, channels=1, block=1,
         outer_columns=max(SMALLEST, OUTER_BLOCK // max(1, *outer, 0)), parts=parts, kept=kept,
-        num_warps=max(1, min(8, points // 512)),
+        num_warps=4 if rows <= FULL else 8,
     )  # fmt: skip
     return plan.with_block(batch, BLOCK)
 

@@ -153,11 +153,13 @@ def _times(x: Parts, matrix_ref: Any, plane: int) -> jax.Array:
     return _product(matrix_ref, plane, x, lambda matrix, part: (part, matrix))
 
 
-def _product(matrix_ref: Any, plane: int, x: Parts, order: Callable[..., tuple[jax.Array, jax.Array]]) -> jax.Array:
+def _product(
+    matrix_ref: Any, plane: int, x: Parts, order: Callable[..., tuple[jax.Array, jax.Array]]
+) -> jax.Array:
     """The product of two sums, the smallest terms first, without those that are smaller than what the sums leave out."""
     total = None
     for i in reversed(range(matrix_ref.shape[0])):
-        matrix = matrix_ref[i, plane]  # loaded where it is used: a GPU has no room for all parts
+        matrix = matrix_ref[i, plane]
         for part in reversed(x[: matrix_ref.shape[0] - i]):
             term = lax.dot_general(
                 *order(matrix, part), (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
