@@ -4,7 +4,6 @@ All sizes are powers of two, as Triton wants them. A program holds a sequence in
 takes one more pass over memory, or two.
 """
 
-import math
 from typing import Any
 
 import jax

@@ -2,5 +2,6 @@
 
 from pallas_kernels.ops.depthwise_conv import conv_general_dilated, depthwise_conv
 from pallas_kernels.ops.fft_conv import fft_conv
+from pallas_kernels.ops.sgconv_kernel import sgconv_kernel
 
-__all__ = ["conv_general_dilated", "depthwise_conv", "fft_conv"]
+__all__ = ["conv_general_dilated", "depthwise_conv", "fft_conv", "sgconv_kernel"]

@@ -182,7 +182,8 @@ def _inner(
     body = kernels.gradients if gradient else functools.partial(kernels.convolve, conjugate=transposed)
     results = launch(
         body, *arrays, spectrum, *matrices,
-        platform=platform, interpret=interpret, name="fft_conv" + ("_gradients" if gradient else "_transposed" * transposed),
+        platform=platform, interpret=interpret,
+        name="fft_conv" + "_gradients" * gradient + "_transposed" * transposed,
         grid=(channels * outer, programs),
         in_specs=[*(of_sequences for _ in arrays), of_spectrum, *map(_whole, matrices)],
         out_specs=[of_sequences, of_sums] if gradient else [of_sequences],

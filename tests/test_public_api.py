@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_public_names() -> None:
-    assert pk.__all__ == ["conv_general_dilated", "depthwise_conv"]
+    assert pk.__all__ == ["conv_general_dilated", "depthwise_conv", "fft_conv", "sgconv_kernel"]
     assert nn.__all__ == [
         "BRANCHES",
         "GRN",
@@ -25,7 +25,11 @@ def test_public_names() -> None:
         "DepthwiseConv",
         "DilatedReparamConv",
         "DropPath",
+        "Hyena",
+        "KernelNorm",
         "LayerScale",
+        "LongConv",
+        "SGConv",
         "SqueezeExcite",
         "fold_batch_norm",
     ]

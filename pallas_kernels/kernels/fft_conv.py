@@ -156,7 +156,7 @@ def _times(x: Parts, matrix_ref: Any, plane: int) -> jax.Array:
 def _product(
     matrix_ref: Any, plane: int, x: Parts, order: Callable[..., tuple[jax.Array, jax.Array]]
 ) -> jax.Array:
-    """The product of two sums, the smallest terms first, without those that are smaller than what the sums leave out."""
+    """The product of two sums, the smallest terms first, without those below what the sums leave out."""
     total = None
     for i in reversed(range(matrix_ref.shape[0])):
         matrix = matrix_ref[i, plane]

@@ -14,6 +14,7 @@ from pallas_kernels.fourier import Lags
 from pallas_kernels.gpu import fft_conv as gpu
 from pallas_kernels.operators import Case, Operator
 from pallas_kernels.ops import _fft_conv_xla as xla
+from pallas_kernels.ops._fft_conv_baselines import baselines
 from pallas_kernels.tpu import fft_conv as tpu
 
 Mode = Literal["causal", "bidirectional", "circular"]
@@ -310,7 +311,7 @@ def _check(u: Any, k: Any, skip: Any, gate_in: Any, gate_out: Any, mode: Any, la
 
 def _parity_cases() -> list[Case]:
     """One sample, primes, a power of two and its neighbours; kernels shorter and longer; every option."""
-    f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
+    bf16, f16 = jnp.bfloat16, jnp.float16
     return [
         _case(1, 1, 1, 1),
         _case(2, 7, 3, 5),
@@ -387,4 +388,5 @@ OPERATOR = Operator(
     parity_cases=_parity_cases,
     compile_cases=_compile_cases,
     bench_cases=_bench_cases,
+    baselines=baselines(),
 )
