@@ -18,6 +18,10 @@ def test_every_kernel_compiles(target: str, capsys: pytest.CaptureFixture[str]) 
         "depthwise_conv",
         "depthwise_conv_input_gradient",
         "depthwise_conv_weight_gradient",
+        "fft_conv",
+        "fft_conv_gradients",
+        "fft_conv_outer",
+        "fft_conv_outer_back",
     }
     for kernel in kernels:
         assert not kernel["spill_bytes"]

@@ -31,7 +31,9 @@ def random(request):
     return np.random.default_rng(list(request.node.nodeid.encode()))
 
 
-@pytest.fixture(params=["xla", "tpu", "cuda"])
+@pytest.fixture(
+    params=["xla", pytest.param("tpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.slow)]
+)
 def conv(request):
     """The operator by each implementation, Pallas as interpreted for a platform."""
     if request.param == "xla":
