@@ -17,20 +17,10 @@ from pallas_kernels.models import unireplknet
 ROOT = Path(__file__).parents[1]
 
 
-def test_public_names() -> None:
-    assert pk.__all__ == ["conv_general_dilated", "depthwise_conv", "he"]
-    assert nn.__all__ == [
-        "BRANCHES",
-        "GRN",
-        "BatchNorm",
-        "DepthwiseConv",
-        "DilatedReparamConv",
-        "DropPath",
-        "LayerScale",
-        "SqueezeExcite",
-        "fold_batch_norm",
-    ]
-    assert all(hasattr(module, name) for module in (pk, nn) for name in module.__all__)
+@pytest.mark.parametrize("module", [pk, he, nn], ids=lambda m: m.__name__)
+def test_public_names(module: ModuleType) -> None:
+    assert len(set(module.__all__)) == len(module.__all__)
+    assert all(hasattr(module, name) for name in module.__all__)
 
 
 @pytest.mark.parametrize(

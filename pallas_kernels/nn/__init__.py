@@ -3,6 +3,7 @@
 from pallas_kernels.nn.convolution import BRANCHES, DepthwiseConv, DilatedReparamConv
 from pallas_kernels.nn.layers import GRN, DropPath, LayerScale, SqueezeExcite
 from pallas_kernels.nn.normalization import BatchNorm, fold_batch_norm
+from pallas_kernels.nn.sequence import Hyena, KernelNorm, LongConv, SGConv
 
 __all__ = [
     "BRANCHES",
@@ -11,7 +12,11 @@ __all__ = [
     "DepthwiseConv",
     "DilatedReparamConv",
     "DropPath",
+    "Hyena",
+    "KernelNorm",
     "LayerScale",
+    "LongConv",
+    "SGConv",
     "SqueezeExcite",
     "fold_batch_norm",
 ]

@@ -1,0 +1,400 @@
+"""Convolution by Fourier transforms of matrix products: its lengths, constants and layouts, and how it is launched.
+
+A causal convolution of L samples needs 2 L points if nothing may wrap around. Here it takes L complex ones: modulo
+z^L - i, the product of two real polynomials holds the first L coefficients in its real part and the rest in its
+imaginary part. Its transform is one at the frequencies f - 1/4, so the shift goes into the matrices, samples stay
+real, nothing is padded with zeros and rows of a batch need not be paired.
+
+Only a spectrum that is zero in places needs the plain transform of 2 L points, whose frequencies those places are
+given in: there two rows of the batch are real and imaginary part of one sequence, and the rows of the matrices that
+would meet the zero half of it, or make the zeros of the spectrum, are left out.
+
+With a length of N1 N2, n = n1 N2 + n2 and f = k1 + N1 k2, and s the shift,
+
+    exp(-2 pi i n (f + s) / (N1 N2)) = exp(-2 pi i n1 (k1 + s) / N1)      the left matrix
+                                     * exp(-2 pi i n2 (k1 + s) / (N1 N2))  the twiddle
+                                     * exp(-2 pi i n2 k2 / N2)             the right matrix
+
+and longer ones have more factors on the left, each a pass over memory.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.kernels import fft_conv as kernels
+from pallas_kernels.lowering import Platform, Work, launch
+
+# The shift of the frequencies that makes z^N = i, in quarters.
+_QUARTERS = -1
+
+
+class Lags(NamedTuple):
+    """A real convolution: y[t] = sum over j of h[j] u[t - j + zero], for `length` samples and `taps` taps.
+
+    zero: the tap that acts at lag 0; all lags are shorter than `length`.
+    """
+
+    length: int
+    taps: int
+    zero: int
+
+    @property
+    def flipped(self) -> "Lags":
+        """What the convolution's transpose is with the taps in reversed order."""
+        return self._replace(zero=self.taps - 1 - self.zero)
+
+
+class Plan(NamedTuple):
+    """How a platform computes a convolution.
+
+    outer: the factors that are passes over memory, the first of the transform.
+    rows, columns: N1 and N2 of the kernel.
+    batch, channels: how many sequences of either share the left matrix, which repeats along its diagonal.
+    block: how many such groups a program takes.
+    outer_columns: columns of a block of an outer pass.
+    parts: of bfloat16 operands.
+    kept: the k1 and the k2 where a plain transform's spectrum is not zero; None for the shifted transform.
+    """
+
+    outer: tuple[int, ...]
+    rows: int
+    columns: int
+    batch: int
+    channels: int
+    block: int
+    outer_columns: int
+    parts: int
+    kept: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    num_warps: int = 4
+
+    def with_block(self, batch: int, elements: int) -> "Plan":
+        """Programs of up to that many elements, all of the same size with as little to fill up as there can be."""
+        groups = -(-batch // self.batch_rows)
+        most = max(1, elements // (self.batch_rows * self.channels * self.sample_rows * self.columns))
+        return self._replace(block=-(-groups // -(-groups // most)))
+
+    @property
+    def points(self) -> int:
+        return math.prod(self.outer) * self.rows * self.columns
+
+    @property
+    def spectrum_shape(self) -> tuple[int, int]:
+        return (len(self.kept[0]), len(self.kept[1])) if self.kept else (self.rows, self.columns)
+
+    @property
+    def sample_rows(self) -> int:
+        """Rows that a row of the batch fills: half of them, where it may not wrap around."""
+        return self.rows // 2 if self.kept else self.rows
+
+    @property
+    def between(self) -> Any:
+        """The dtype between passes over memory: the kernels round to one part anyway."""
+        return jnp.bfloat16 if self.parts == 1 else jnp.float32
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of the batch in a group."""
+        return 2 * self.batch if self.kept else self.batch
+
+
+def kept(mask: Sequence[bool], rows: int, columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The k1 and the k2 of a plain transform of rows * columns points that a mask of its first half leaves anything of.
+
+    mask: equal blocks of the real transform's bins; see `pallas_kernels.fft_conv`.
+    """
+    half = rows * columns // 2
+    bins = np.append(np.repeat(mask, half // len(mask)), mask[-1])
+    spectrum = np.append(bins, bins[-2:0:-1]).reshape(columns, rows)
+    k1, k2 = (np.flatnonzero(spectrum.any(axis)) for axis in (0, 1))
+    return tuple(k1.tolist()) or (0,), tuple(k2.tolist()) or (0,)
+
+
+def convolve(
+    v: jax.Array, h: jax.Array, lags: Lags, plan: Plan, *, transposed: bool, platform: Platform, interpret: Any
+) -> jax.Array:  # fmt: skip
+    """The convolution of v (B, L, C) with h (taps, C), or its transpose, as a platform launches it."""
+    spectrum = _grouped(_spectrum(h, lags, plan), plan)
+    x = _pack(v, plan)
+    for level in range(len(plan.outer)):
+        x = _outer(x, plan, level, back=False, platform=platform, interpret=interpret)
+    (y,) = _inner([x], spectrum, plan, v.dtype, platform=platform, interpret=interpret, transposed=transposed)
+    for level in reversed(range(len(plan.outer))):
+        y = _outer(y, plan, level, back=True, platform=platform, interpret=interpret, dtype=v.dtype)
+    return _unpack(y, v.shape, plan)
+
+
+def gradients(
+    v: jax.Array, h: jax.Array, g: jax.Array, lags: Lags, plan: Plan, *, platform: Platform, interpret: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of `convolve` in v and in h, for the cotangent g; that of h in float32."""
+    spectrum, of_spectrum = jax.vjp(lambda h: _grouped(_spectrum(h, lags, plan), plan), h.astype(jnp.float32))
+    x, g = (_pack(a, plan) for a in (v, g))
+    for level in range(len(plan.outer)):
+        x, g = (_outer(a, plan, level, back=False, platform=platform, interpret=interpret) for a in (x, g))
+    dv, sums = _inner([x, g], spectrum, plan, v.dtype, platform=platform, interpret=interpret)
+    for level in reversed(range(len(plan.outer))):
+        dv = _outer(dv, plan, level, back=True, platform=platform, interpret=interpret, dtype=v.dtype)
+    return _unpack(dv, v.shape, plan), *of_spectrum(sums.sum(1))
+
+
+def _inner(
+    arrays: Sequence[jax.Array], spectrum: jax.Array, plan: Plan, dtype: Any, *,
+    platform: Platform, interpret: Any, transposed: bool = False,
+) -> Sequence[jax.Array]:  # fmt: skip
+    """The kernel: `convolve` of one array, `gradients` of an array and a cotangent."""
+    outer = math.prod(plan.outer)
+    if plan.outer:
+        tail = 2, outer, plan.rows, plan.columns
+        arrays = [a.reshape(*a.shape[:2], *tail) for a in arrays]
+    x = arrays[0]
+    channels, groups, *tail = x.shape
+    gradient = len(arrays) == 2
+    # A sequence is (rows, columns), or with outer passes (planes, which k0, rows, columns).
+    block, tail_index = (
+        ((2, None, *tail[-2:]), lambda k: (0, k, 0, 0)) if plan.outer else (tail, lambda k: (0, 0))
+    )
+    matrices = _matrices(plan)
+
+    def program(i: Any) -> tuple[Any, Any]:
+        return lax.div(i, jnp.int32(outer)), lax.rem(i, jnp.int32(outer))
+
+    def sequences(i: Any, j: Any) -> tuple[Any, ...]:
+        channel, k = program(i)
+        return channel, j, *tail_index(k)
+
+    of_sequences = pl.BlockSpec((None, plan.block, *block), sequences)
+    of_spectrum = pl.BlockSpec((None, None, *spectrum.shape[2:]), lambda i, j: (*program(i), 0, 0, 0))
+    programs = groups // plan.block
+    out_shape = jax.ShapeDtypeStruct(x.shape, plan.between if plan.outer else dtype)
+    sums_shape = jax.ShapeDtypeStruct((channels, programs, *spectrum.shape[1:]), jnp.float32)
+    of_sums = pl.BlockSpec(
+        (None, None, None, *spectrum.shape[2:]),
+        lambda i, j: (program(i)[0], j, program(i)[1], 0, 0, 0),
+    )
+    body = kernels.gradients if gradient else functools.partial(kernels.convolve, conjugate=transposed)
+    results = launch(
+        body, *arrays, spectrum, *matrices,
+        platform=platform, interpret=interpret,
+        name="fft_conv" + "_gradients" * gradient + "_transposed" * transposed,
+        grid=(channels * outer, programs),
+        in_specs=[*(of_sequences for _ in arrays), of_spectrum, *map(_whole, matrices)],
+        out_specs=[of_sequences, of_sums] if gradient else [of_sequences],
+        out_shape=[out_shape, sums_shape] if gradient else [out_shape],
+        num_warps=plan.num_warps,
+        work=_work(plan, arrays, spectrum, matrices),
+    )  # fmt: skip
+    return results
+
+
+def _outer(
+    x: jax.Array, plan: Plan, level: int, *, back: bool, platform: Platform, interpret: Any, dtype: Any = None
+) -> jax.Array:  # fmt: skip
+    """One pass over memory: (C, B, 2, K, n, M) to itself, of which the first has no planes yet."""
+    n = plan.outer[level]
+    k = math.prod(plan.outer[:level])
+    m = plan.points // (n * k)
+    channels, batch = x.shape[:2]
+    width = min(m, plan.outer_columns)
+    left, left_back, twiddle = _outer_matrices(plan, level)
+    planes, samples = (channels, batch, 2, k, n, m), (channels, batch, n, m)
+    real = level == 0
+    x = x.reshape(planes if back or not real else samples)
+
+    def sequence(i: Any) -> tuple[Any, Any, Any]:
+        per_channel = jnp.int32(batch * k)
+        rest = lax.rem(i, per_channel)
+        return lax.div(i, per_channel), lax.div(rest, jnp.int32(k)), lax.rem(rest, jnp.int32(k))
+
+    def at(j: Any, i: Any) -> tuple[Any, ...]:
+        channel, row, which = sequence(i)
+        return channel, row, 0, which, 0, j
+
+    of_planes = pl.BlockSpec((None, None, 2, None, n, width), at)
+    of_samples = (
+        pl.BlockSpec((None, None, n, width), lambda j, i: (*sequence(i)[:2], 0, j)) if real else of_planes
+    )
+    matrix = left_back if back else left
+    out = samples if back and real else planes
+    return launch(
+        kernels.outer_transform_back if back else kernels.outer_transform, x, matrix, twiddle,
+        platform=platform, interpret=interpret, name="fft_conv_outer" + "_back" * back,
+        # The columns are the outer axis, so that their part of the twiddle stays where it is.
+        grid=(m // width, channels * batch * k),
+        in_specs=[of_planes if back else of_samples, _whole(matrix),
+                  pl.BlockSpec((2, n, width), lambda j, i: (0, 0, j))],
+        out_specs=of_samples if back else of_planes,
+        out_shape=jax.ShapeDtypeStruct(out, dtype if back and real else plan.between),
+        num_warps=plan.num_warps,
+        work=_outer_work(plan, x, n, real),
+    )  # fmt: skip
+
+
+def _whole(a: jax.Array) -> pl.BlockSpec:
+    return pl.BlockSpec(a.shape, lambda *_: (0,) * a.ndim)
+
+
+def _pack(v: jax.Array, plan: Plan) -> jax.Array:
+    """(B, L, C) -> (C, B, points) for an outer pass, else (groups of C, of B, rows, columns); zeros fill up."""
+    x = v.transpose(2, 0, 1)
+    length = math.prod(plan.outer) * plan.sample_rows * plan.columns
+    units = plan.channels, plan.batch_rows * plan.block
+    x = jnp.pad(
+        x,
+        [*((0, -size % unit) for size, unit in zip(x.shape, units, strict=False)), (0, length - x.shape[2])],
+    )
+    if plan.outer:
+        return x
+    c, b, _ = x.shape
+    x = x.reshape(c // plan.channels, plan.channels, b // plan.batch_rows, plan.batch_rows, -1, plan.columns)
+    return x.swapaxes(1, 2).reshape(*x.shape[:3:2], -1, plan.columns)
+
+
+def _unpack(y: jax.Array, shape: tuple[int, ...], plan: Plan) -> jax.Array:
+    if not plan.outer:
+        y = y.reshape(*y.shape[:2], plan.channels, plan.batch_rows, -1).swapaxes(1, 2)
+        y = y.reshape(y.shape[0] * plan.channels, -1, y.shape[-1])
+    batch, length, channels = shape
+    return y.reshape(*y.shape[:2], -1)[:channels, :batch, :length].transpose(1, 2, 0)
+
+
+def _spectrum(h: jax.Array, lags: Lags, plan: Plan) -> jax.Array:
+    """The spectrum of taps h (taps, C) over the number of points, as (C, k0, plane, k1, k2), in float32."""
+    after, before = (a.T.astype(jnp.float32) for a in (h[lags.zero :], h[: lags.zero]))
+    missing = plan.points - after.shape[1], plan.points - before.shape[1]
+    re = jnp.pad(after, ((0, 0), (0, missing[0])))
+    im = jnp.pad(before, ((0, 0), (missing[1], 0)))
+    x = (re + im, jnp.zeros_like(re)) if plan.kept else (re, -im)
+
+    def product(equation: str, a: Any, b: Any) -> tuple[jax.Array, jax.Array]:
+        multiply = functools.partial(jnp.einsum, equation, precision=lax.Precision.HIGHEST)
+        return multiply(a[0], b[0]) - multiply(a[1], b[1]), multiply(a[0], b[1]) + multiply(a[1], b[0])
+
+    which = 1
+    for level, n in enumerate(plan.outer):
+        x = tuple(a.reshape(-1, which, n, plan.points // (which * n)) for a in x)
+        x = product("kn,cqnm->cqkm", _planes(_dft(n, n, _shift(plan, level))), x)
+        x = product("km,cqkm->cqkm", _outer_twiddle(plan, level), x)
+        which *= n
+    x = tuple(a.reshape(-1, which, plan.rows, plan.columns) for a in x)
+    left, twiddle, right = _factors(plan)
+    x = product("kn,cqnm->cqkm", _planes(left), x)
+    x = product("km,cqkm->cqkm", _planes(twiddle), x)
+    x = product("cqkm,ml->cqkl", x, _planes(right))
+    return jnp.stack(x, 2) / plan.points
+
+
+def _grouped(spectrum: jax.Array, plan: Plan) -> jax.Array:
+    """The spectra of the channels of a group below each other, each as often as the group has rows of the batch."""
+    c, outer, _, rows, columns = spectrum.shape
+    x = jnp.pad(spectrum, ((0, -c % plan.channels), *((0, 0),) * 4))
+    x = x.reshape(-1, plan.channels, outer, 2, rows, columns).transpose(0, 2, 3, 1, 4, 5)
+    x = jnp.broadcast_to(x[:, :, :, :, None], (*x.shape[:4], plan.batch, rows, columns))
+    return x.reshape(*x.shape[:3], -1, columns)
+
+
+def _shift(plan: Plan, level: int) -> int:
+    """Of the frequencies, in quarters, for the first factor of the transform; the other ones get it in the twiddle."""
+    return _QUARTERS if level == 0 and not plan.kept else 0
+
+
+def _dft(k: int, n: int, quarters: int, period: int | None = None) -> np.ndarray:
+    """exp(-2 pi i n (k + quarters / 4) / period), from phases that are exact."""
+    period = period or k
+    phase = np.arange(n)[None] * (4 * np.arange(k)[:, None] + quarters) % (4 * period)
+    return np.exp(-0.5j * np.pi * phase / period)
+
+
+@functools.lru_cache(maxsize=64)
+def _factors(plan: Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The left matrix, the twiddle and the right matrix of one sequence."""
+    shift = _shift(plan, len(plan.outer))
+    left = _dft(plan.rows, plan.rows, shift)
+    twiddle = _dft(plan.rows, plan.columns, shift, plan.rows * plan.columns)
+    right = _dft(plan.columns, plan.columns, 0)
+    if plan.kept:
+        left, twiddle, right = left[plan.kept[0], :], twiddle[plan.kept[0], :], right[:, plan.kept[1]]
+    return left, twiddle, right
+
+
+@functools.lru_cache(maxsize=64)
+def _matrices(plan: Plan) -> kernels.Matrices:
+    left, twiddle, right = _factors(plan)
+    group = plan.batch * plan.channels
+    planes = _planes(left) if not (plan.kept or plan.outer) else _of_planes(left[:, : plan.sample_rows])
+    repeated = np.kron(np.eye(group), planes)
+    return kernels.Matrices(
+        left=_split(repeated, plan.parts),
+        left_back=_split(repeated.swapaxes(1, 2), plan.parts),
+        twiddle=np.tile(_planes(twiddle), (1, group, 1)).astype(np.float32),
+        right=_split(_planes(right), plan.parts),
+        right_back=_split(_planes(right.T), plan.parts),
+    )
+
+
+def _outer_matrices(plan: Plan, level: int) -> tuple[np.ndarray, np.ndarray, jax.Array]:
+    n = plan.outer[level]
+    matrix = _dft(n, n, _shift(plan, level))
+    planes = _planes(matrix) if level == 0 else _of_planes(matrix)
+    return _split(planes, plan.parts), _split(planes.swapaxes(1, 2), plan.parts), _outer_twiddle(plan, level)
+
+
+def _outer_twiddle(plan: Plan, level: int) -> jax.Array:
+    """[plane, k0, m], made where it is needed: it is as large as the sequence."""
+    n = plan.outer[level]
+    m = plan.points // math.prod(plan.outer[: level + 1])
+    turns = lax.broadcasted_iota(jnp.int32, (n, m), 1) * (
+        4 * lax.broadcasted_iota(jnp.int32, (n, m), 0) + _shift(plan, level)
+    )
+    # Less than half a turn either way, which keeps the phase exact up to its last bits.
+    turns = jnp.where(turns > 2 * n * m, turns - 4 * n * m, turns)
+    phase = turns.astype(jnp.float32) * np.float32(-0.5 * np.pi / (n * m))
+    return jnp.stack([jnp.cos(phase), jnp.sin(phase)])
+
+
+def _planes(a: np.ndarray) -> np.ndarray:
+    return np.stack([a.real, a.imag])
+
+
+def _of_planes(a: np.ndarray) -> np.ndarray:
+    """The real and the imaginary part of a product with what has its own planes below each other."""
+    return np.stack([np.hstack([a.real, -a.imag]), np.hstack([a.imag, a.real])])
+
+
+def _split(a: np.ndarray, parts: int) -> np.ndarray:
+    """As a sum of bfloat16 parts, the largest first."""
+    found = []
+    for _ in range(parts):
+        found.append(a.astype(jnp.bfloat16))
+        a = a - found[-1].astype(np.float64)
+    return np.stack(found)
+
+
+def _work(plan: Plan, arrays: Sequence[jax.Array], spectrum: jax.Array, matrices: kernels.Matrices) -> Work:
+    """`flops` without, `padded_flops` with what the zeros beside the diagonal of the left matrix take."""
+    group = plan.batch * plan.channels
+    k1, k2 = plan.spectrum_shape
+    sequences = arrays[0].size // (matrices.left.shape[-1] * plan.columns)
+    transforms = 2 if len(arrays) == 1 else 3
+    products = {1: 1, 2: 3, 3: 6}[plan.parts]
+    left = 2 * matrices.left[0].size * plan.columns
+    right = 2 * 4 * group * k1 * plan.columns * k2
+    scale = sequences * transforms * products
+    return Work(
+        flops=round(scale * (left / group + right)),
+        bytes=sum(a.nbytes for a in (*arrays, arrays[0], spectrum, *(spectrum,) * (len(arrays) - 1))),
+        padded_flops=scale * (left + right),
+    )
+
+
+def _outer_work(plan: Plan, x: jax.Array, n: int, real: bool) -> Work:
+    points = x.shape[0] * x.shape[1] * plan.points
+    flops = {1: 1, 2: 3, 3: 6}[plan.parts] * points * n * (4 if real else 8)
+    return Work(flops=flops, bytes=x.nbytes + 8 * points, padded_flops=flops)

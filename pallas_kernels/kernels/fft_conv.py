@@ -1,0 +1,175 @@
+"""Convolution by a Fourier transform that is all matrix products, as bodies over blocks of sequences.
+
+A sequence of length N1 N2 is a matrix x[n1, n2] of its samples. Its transform is: a product from the left, a rotation
+of every element (the twiddle), a product from the right. The spectrum stays in the order [k1, k2] in which that leaves
+it, so nothing is ever permuted. There is no complex type: a spectrum is two planes, real and imaginary part.
+
+The matrix units multiply bfloat16. Operands that need more are sums of bfloat16 parts, of 8 bits each, and a product
+of two such sums is a sum of products: 1, 3 or 6 for 1, 2 or 3 parts.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Parts = Sequence[jax.Array]
+Planes = tuple[jax.Array, jax.Array]
+REAL, IMAGINARY = 0, 1
+
+
+class Matrices(NamedTuple):
+    """The Refs of a transform's constants; products are with [part, plane, row, column].
+
+    left: from samples to k1. left_back: its transpose.
+    right: from n2 to k2. right_back: its transpose.
+    twiddle: [plane, k1, n2].
+    """
+
+    left: Any
+    left_back: Any
+    twiddle: Any
+    right: Any
+    right_back: Any
+
+
+def convolve(x_ref: Any, spectrum_ref: Any, *refs: Any, conjugate: bool) -> None:
+    """Multiply the spectra of a block of sequences by one spectrum, or its conjugate: o = F* (spectrum . F x).
+
+    Args:
+      x_ref, o_ref (the last of `refs`): [sequences, ..., n2], real or with planes before the rows.
+      spectrum_ref: [plane, k1, k2], the scale 1 / length of the inverse transform included.
+      refs: the `Matrices`, then o_ref.
+    """
+    *matrices, o_ref = refs
+    m = Matrices(*matrices)
+
+    def sequence(i: Any, _: None) -> None:
+        product = _multiply(_transform(x_ref[i], m), (spectrum_ref[0], spectrum_ref[1]), conjugate)
+        o_ref[i] = _transform_back(product, m).reshape(o_ref.shape[1:]).astype(o_ref.dtype)
+
+    _loop(o_ref.shape[0], sequence, None)
+
+
+def gradients(x_ref: Any, g_ref: Any, spectrum_ref: Any, *refs: Any) -> None:
+    """The gradients of `convolve`: dx = F* (conj(spectrum) . F g) and dspectrum = sum of conj(F x) . F g.
+
+    Args:
+      x_ref, g_ref, dx_ref: blocks of sequences, as in `convolve`.
+      refs: the `Matrices`, then dx_ref and dspectrum_ref, of the block's own sum: [plane, k1, k2].
+    """
+    *matrices, dx_ref, dspectrum_ref = refs
+    m = Matrices(*matrices)
+
+    def sequence(i: Any, total: Planes) -> Planes:
+        g = _transform(g_ref[i], m)
+        dx = _transform_back(_multiply(g, (spectrum_ref[0], spectrum_ref[1]), True), m)
+        dx_ref[i] = dx.reshape(dx_ref.shape[1:]).astype(dx_ref.dtype)
+        re, im = _multiply(g, _transform(x_ref[i], m), True)
+        return total[0] + re, total[1] + im
+
+    zeros = jnp.zeros(dspectrum_ref.shape[1:], jnp.float32)
+    dspectrum_ref[0], dspectrum_ref[1] = _loop(dx_ref.shape[0], sequence, (zeros, zeros))
+
+
+def outer_transform(x_ref: Any, left_ref: Any, twiddle_ref: Any, o_ref: Any) -> None:
+    """The first factor of a longer transform: [..., n0, m] to [plane, k0, m], a block of the columns m."""
+    re, im = _rotate(_from_samples(x_ref[...], left_ref), twiddle_ref)
+    o_ref[0], o_ref[1] = re.astype(o_ref.dtype), im.astype(o_ref.dtype)
+
+
+def outer_transform_back(x_ref: Any, left_back_ref: Any, twiddle_ref: Any, o_ref: Any) -> None:
+    """The transpose of `outer_transform`: [plane, k0, m] to [..., n0, m]."""
+    y = _to_samples(_rotate_back((x_ref[0], x_ref[1]), twiddle_ref), left_back_ref)
+    o_ref[...] = y.reshape(o_ref.shape).astype(o_ref.dtype)
+
+
+def _transform(x: jax.Array, m: Matrices) -> Planes:
+    re, im = (_split(a, m.right) for a in _rotate(_from_samples(x, m.left), m.twiddle))
+    return (
+        _times(re, m.right, REAL) - _times(im, m.right, IMAGINARY),
+        _times(re, m.right, IMAGINARY) + _times(im, m.right, REAL),
+    )
+
+
+def _transform_back(x: Planes, m: Matrices) -> jax.Array:
+    re, im = (_split(a, m.right_back) for a in x)
+    z = (
+        _times(re, m.right_back, REAL) + _times(im, m.right_back, IMAGINARY),
+        _times(im, m.right_back, REAL) - _times(re, m.right_back, IMAGINARY),
+    )
+    return _to_samples(_rotate_back(z, m.twiddle), m.left_back)
+
+
+def _from_samples(x: jax.Array, left_ref: Any) -> Planes:
+    samples = _split(x.reshape(-1, x.shape[-1]), left_ref)
+    return _of(left_ref, REAL, samples), _of(left_ref, IMAGINARY, samples)
+
+
+def _to_samples(x: Planes, left_back_ref: Any) -> jax.Array:
+    re, im = (_split(a, left_back_ref) for a in x)
+    return _of(left_back_ref, REAL, re) + _of(left_back_ref, IMAGINARY, im)
+
+
+def _rotate(x: Planes, twiddle_ref: Any) -> Planes:
+    return _multiply(x, (twiddle_ref[0], twiddle_ref[1]), False)
+
+
+def _rotate_back(x: Planes, twiddle_ref: Any) -> Planes:
+    return _multiply(x, (twiddle_ref[0], twiddle_ref[1]), True)
+
+
+def _multiply(x: Planes, y: Planes, conjugate: bool) -> Planes:
+    """x y, or x conj(y)."""
+    (a, b), (c, d) = x, y
+    return (a * c + b * d, b * c - a * d) if conjugate else (a * c - b * d, a * d + b * c)
+
+
+def _split(x: jax.Array, like: Any) -> Parts:
+    """x as a sum of as many bfloat16 parts as the matrices `like` have."""
+    if x.dtype == jnp.bfloat16:
+        return [x]
+    rest, parts = x.astype(jnp.float32), []
+    for _ in range(like.shape[0] - 1):
+        # The upper half of the bits, where XLA would leave out a cast to bfloat16 and back. Cutting what is a little
+        # too large rounds it, or nearly so: the next part has the rest of it.
+        bits = lax.bitcast_convert_type(rest * np.float32(1 + 3 / 2048), jnp.int32) & np.int32(-0x10000)
+        upper = lax.bitcast_convert_type(bits, jnp.float32)
+        parts.append(upper.astype(jnp.bfloat16))
+        rest = rest - upper
+    return [*parts, rest.astype(jnp.bfloat16)]
+
+
+def _of(matrix_ref: Any, plane: int, x: Parts) -> jax.Array:
+    """A plane of a matrix times x."""
+    return _product(matrix_ref, plane, x, lambda matrix, part: (matrix, part))
+
+
+def _times(x: Parts, matrix_ref: Any, plane: int) -> jax.Array:
+    """x times a plane of a matrix."""
+    return _product(matrix_ref, plane, x, lambda matrix, part: (part, matrix))
+
+
+def _product(
+    matrix_ref: Any, plane: int, x: Parts, order: Callable[..., tuple[jax.Array, jax.Array]]
+) -> jax.Array:
+    """The product of two sums, the smallest terms first, without those below what the sums leave out."""
+    total = None
+    for i in reversed(range(matrix_ref.shape[0])):
+        matrix = matrix_ref[i, plane]
+        for part in reversed(x[: matrix_ref.shape[0] - i]):
+            term = lax.dot_general(
+                *order(matrix, part), (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+            )
+            total = term if total is None else total + term
+    return total
+
+
+def _loop(count: int, step: Callable[[Any, Any], Any], carry: Any) -> Any:
+    if count == 1:
+        return step(0, carry)
+    # Bounds of 32 bits: under x64 Python's integers would make a 64-bit index, which no TPU has.
+    return lax.fori_loop(np.int32(0), np.int32(count), step, carry)

@@ -1,0 +1,108 @@
+"""Long convolution by the Fourier transforms of jax.numpy, PyTorch and SciPy, to be timed beside ours."""
+
+import importlib.metadata
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.baselines import Contestant, Prepare, of_jax
+from pallas_kernels.operators import Case
+
+
+def baselines() -> Mapping[str, Callable[[Case], Prepare | None]]:
+    """Other implementations by name, of plain causal convolutions; a name says what isn't installed."""
+
+    def run(of: Callable[[Case], Prepare | None]) -> Callable[[Case], Prepare | None]:
+        plain = lambda case: len(case.arguments) == 2 and not case.options  # noqa: E731
+        return lambda case: of(case) if plain(case) else None
+
+    return {
+        "jnp.fft, real": run(_jnp),
+        f"torch.fft, real, {os.cpu_count()} threads, {_version('torch')}": run(_torch),
+        f"scipy.signal.oaconvolve, {_version('scipy')}": run(_scipy),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _jnp(case: Case) -> Prepare:
+    def convolve(u: jax.Array, k: jax.Array) -> jax.Array:
+        x, h = (a.astype(jnp.float32).swapaxes(-1, -2) for a in (u, k))
+        n = u.shape[1] + k.shape[0]
+        y = jnp.fft.irfft(jnp.fft.rfft(x, n) * jnp.fft.rfft(h, n), n)[..., : u.shape[1]]
+        return y.swapaxes(-1, -2).astype(u.dtype)
+
+    return of_jax(convolve, case)
+
+
+def _torch(case: Case) -> Prepare | None:
+    try:
+        import torch
+    except ImportError:
+        return None
+    device = torch.device("cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(os.cpu_count() or 1)
+    n = case.arguments[0].shape[1] + case.arguments[1].shape[0]
+
+    def prepare(arguments: Sequence[np.ndarray], cotangent: np.ndarray) -> Contestant:
+        # In the layout that it likes best, (batch, channels, length): what it would cost to get there isn't counted.
+        u, k, g = (
+            torch.from_numpy(np.ascontiguousarray(a.swapaxes(-1, -2).astype(np.float32))).to(device)
+            for a in (*arguments, cotangent)
+        )
+        for a in (u, k):
+            a.requires_grad_()
+
+        def convolve() -> Any:
+            return torch.fft.irfft(torch.fft.rfft(u, n) * torch.fft.rfft(k, n), n)[..., : u.shape[-1]]
+
+        def finished(values: Any) -> Any:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            return values
+
+        def forward() -> Any:
+            with torch.no_grad():
+                return finished((convolve(),))
+
+        def gradients() -> Any:
+            y = convolve()
+            return finished((y, *torch.autograd.grad(y, (u, k), g)))
+
+        return Contestant(
+            forward, gradients, lambda out: [v.detach().cpu().numpy().swapaxes(-1, -2) for v in out]
+        )
+
+    return prepare
+
+
+def _scipy(case: Case) -> Prepare | None:
+    try:
+        from scipy import signal
+    except ImportError:
+        return None
+    length, taps = case.arguments[0].shape[1], case.arguments[1].shape[0]
+
+    def prepare(arguments: Sequence[np.ndarray], cotangent: np.ndarray) -> Contestant:
+        u, k, g = (np.ascontiguousarray(a.swapaxes(-1, -2), np.float32) for a in (*arguments, cotangent))
+
+        def forward() -> list[np.ndarray]:
+            return [signal.oaconvolve(u, k[None], axes=-1)[..., :length]]
+
+        def gradients() -> list[np.ndarray]:
+            du = signal.oaconvolve(g, k[None, :, ::-1], axes=-1)[..., taps - 1 :]
+            dk = signal.oaconvolve(g, u[..., ::-1], axes=-1)[..., length - 1 :].sum(0)[..., :taps]
+            return [*forward(), du, dk]
+
+        return Contestant(forward, gradients, lambda out: [v.swapaxes(-1, -2) for v in out])
+
+    return prepare

@@ -1,0 +1,64 @@
+"""How convolution by Fourier transforms runs on a TPU.
+
+Lanes hold 128 columns. As many sequences share the left matrix as fill 128 rows, so that matrix units are full at any
+length. What doesn't fit in VMEM takes one more pass over memory.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import fourier
+from pallas_kernels.fourier import Lags, Plan
+
+LANES = 128
+# The longest sequence of one kernel, and what is left for the kernel of a longer one.
+LONGEST, INNER = 1 << 16, 1 << 14
+# Elements of a program's sequences, and columns of a block of an outer pass.
+BLOCK, OUTER_BLOCK = 1 << 17, 1 << 17
+
+
+def convolve(
+    v: jax.Array, h: jax.Array, *, lags: Lags, parts: int, mask: Any, transposed: bool, interpret: Any = False
+) -> jax.Array:
+    """See `fourier.convolve`."""
+    x = _loadable(v)
+    plan = _plan(*x.shape, parts, mask)
+    return fourier.convolve(
+        x, h, lags, plan, transposed=transposed, platform="tpu", interpret=interpret
+    ).astype(v.dtype)
+
+
+def gradients(
+    v: jax.Array, h: jax.Array, g: jax.Array, *, lags: Lags, parts: int, mask: Any, interpret: Any = False
+) -> tuple[jax.Array, jax.Array]:
+    """See `fourier.gradients`."""
+    x, plan = _loadable(v), _plan(*v.shape, parts, mask)
+    dv, dh = fourier.gradients(x, h, _loadable(g), lags, plan, platform="tpu", interpret=interpret)
+    return dv.astype(v.dtype), dh
+
+
+def _plan(batch: int, length: int, channels: int, parts: int, mask: Any) -> Plan:
+    outer: tuple[int, ...] = ()
+    kept = None
+    if mask is not None and length % LANES == 0 and length <= LONGEST // 2:
+        rows, columns = 2 * length // LANES, LANES
+        kept = fourier.kept(mask, rows, columns)
+    elif length > LONGEST:
+        outer, rows, columns = (-(-length // INNER),), LANES, LANES
+    else:
+        columns = LANES if length <= LONGEST // 2 else 2 * LANES
+        rows = -(-length // columns)
+    group = 1 if outer else max(1, LANES // rows)
+    in_batch = min(group, -(-batch // (2 if kept else 1)))
+    plan = Plan(
+        outer=outer, rows=rows, columns=columns, batch=in_batch, channels=min(channels, group // in_batch),
+        block=1, outer_columns=max(LANES, OUTER_BLOCK // max(1, *outer, 0) // LANES * LANES), parts=parts, kept=kept,
+    )  # fmt: skip
+    return plan.with_block(batch, BLOCK)
+
+
+def _loadable(x: jax.Array) -> jax.Array:
+    """TPUs can't even load float16; float32 holds all of it, bfloat16 would not."""
+    return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
