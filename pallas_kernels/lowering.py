@@ -45,9 +45,12 @@ def launch(
     work: Work,
     interpret: Any = False,
     num_warps: int = 4,
+    num_stages: int = 1,
     vmem_limit_bytes: int | None = None,
+    sequential: bool = False,
+    scratch_shapes: Sequence[Any] = (),
 ) -> Any:
-    """Run `body` over `grid` on `platform`; every grid axis is parallel, because a GPU's are.
+    """Run `body` over `grid` on `platform`; every grid axis is parallel, because a GPU's are, unless `sequential`.
 
     Args:
       body: a function of Refs, inputs first.
@@ -56,21 +59,25 @@ def launch(
       out_shape: `jax.ShapeDtypeStruct`s. Over a manual mesh axis the results vary wherever an operand does.
       work: becomes the cost estimate, and what `pallas_kernels.aot` divides by.
       interpret: False, True, or `pltpu.InterpretParams`.
-      num_warps: GPU only.
+      num_warps, num_stages: GPU only.
       vmem_limit_bytes: TPU only.
+      sequential: TPU only: the last axis runs in order, so that a program can add to what the one before left.
+      scratch_shapes: TPU only: arrays that stay from program to program, Refs after those of the results.
     """
     if platform == "tpu":
+        last = "arbitrary" if sequential else "parallel"
         params: Any = pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * len(grid), vmem_limit_bytes=vmem_limit_bytes
+            dimension_semantics=("parallel",) * (len(grid) - 1) + (last,), vmem_limit_bytes=vmem_limit_bytes
         )
     else:
-        params = pltriton.CompilerParams(num_warps=num_warps, num_stages=1)
+        params = pltriton.CompilerParams(num_warps=num_warps, num_stages=num_stages)
     axes = frozenset[Any]().union(*map(varying_axes, operands))
     call = pl.pallas_call(
         body,
         grid=grid,
         in_specs=in_specs,
         out_specs=out_specs,
+        scratch_shapes=scratch_shapes,
         out_shape=jax.tree.map(lambda s: _varying_struct(s, axes), out_shape),
         name=name,
         interpret=interpret,

@@ -17,7 +17,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_public_names() -> None:
-    assert pk.__all__ == ["conv_general_dilated", "depthwise_conv"]
+    assert pk.__all__ == [
+        "blast_matmul",
+        "conv_general_dilated",
+        "depthwise_conv",
+        "low_rank_matmul",
+        "monarch_matmul",
+    ]
     assert nn.__all__ == [
         "BRANCHES",
         "GRN",
