@@ -28,10 +28,13 @@ def test_public_names() -> None:
         "BRANCHES",
         "GRN",
         "BatchNorm",
+        "BlastLinear",
         "DepthwiseConv",
         "DilatedReparamConv",
         "DropPath",
         "LayerScale",
+        "LowRankLinear",
+        "MonarchLinear",
         "SqueezeExcite",
         "fold_batch_norm",
     ]

@@ -2,16 +2,20 @@
 
 from pallas_kernels.nn.convolution import BRANCHES, DepthwiseConv, DilatedReparamConv
 from pallas_kernels.nn.layers import GRN, DropPath, LayerScale, SqueezeExcite
+from pallas_kernels.nn.linear import BlastLinear, LowRankLinear, MonarchLinear
 from pallas_kernels.nn.normalization import BatchNorm, fold_batch_norm
 
 __all__ = [
     "BRANCHES",
     "GRN",
     "BatchNorm",
+    "BlastLinear",
     "DepthwiseConv",
     "DilatedReparamConv",
     "DropPath",
     "LayerScale",
+    "LowRankLinear",
+    "MonarchLinear",
     "SqueezeExcite",
     "fold_batch_norm",
 ]
