@@ -236,7 +236,9 @@ class LowRankLinear(_FactoredLinear):
 
 def _block(in_features: int, out_features: int, blocks: int) -> tuple[int, int]:
     if blocks < 1 or in_features % blocks or out_features % blocks:
-        raise ValueError(f"got {in_features} to {out_features} features, expected multiples of blocks={blocks}")
+        raise ValueError(
+            f"got {in_features} to {out_features} features, expected multiples of blocks={blocks}"
+        )
     return in_features // blocks, out_features // blocks
 
 
