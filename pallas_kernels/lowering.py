@@ -45,12 +45,14 @@ def launch(
     out_specs: Any,
     out_shape: Any,
     work: Work,
-    scratch_shapes: Sequence[Any] = (),
     interpret: Any = False,
     num_warps: int = 4,
+    num_stages: int = 1,
     vmem_limit_bytes: int | None = None,
+    sequential: bool = False,
+    scratch_shapes: Sequence[Any] = (),
 ) -> Any:
-    """Run `body` over `grid` on `platform`; every grid axis is parallel, because a GPU's are.
+    """Run `body` over `grid` on `platform`; every grid axis is parallel, because a GPU's are, unless `sequential`.
 
     Args:
       body: a function of Refs: inputs, outputs, scratch.
@@ -58,17 +60,19 @@ def launch(
       name: what profiles and compiled programs call the kernel.
       out_shape: `jax.ShapeDtypeStruct`s. Over a manual mesh axis the results vary wherever an operand does.
       work: becomes the cost estimate, and what `pallas_kernels.aot` divides by.
-      scratch_shapes: TPU only; what a program computes in, of no value to the next.
       interpret: False, True, or `pltpu.InterpretParams`.
-      num_warps: GPU only.
+      num_warps, num_stages: GPU only.
       vmem_limit_bytes: TPU only.
+      sequential: TPU only: the last axis runs in order, so that a program can add to what the one before left.
+      scratch_shapes: TPU only: arrays that stay from program to program, Refs after those of the results.
     """
     if platform == "tpu":
+        last = "arbitrary" if sequential else "parallel"
         params: Any = pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * len(grid), vmem_limit_bytes=vmem_limit_bytes
+            dimension_semantics=("parallel",) * (len(grid) - 1) + (last,), vmem_limit_bytes=vmem_limit_bytes
         )
     else:
-        params = pltriton.CompilerParams(num_warps=num_warps, num_stages=1)
+        params = pltriton.CompilerParams(num_warps=num_warps, num_stages=num_stages)
     axes = frozenset[Any]().union(*map(varying_axes, operands))
     call = pl.pallas_call(
         body,
@@ -112,11 +116,11 @@ def make_varying(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(map(cast, arrays))
 
 
-def enable_x64() -> contextlib.AbstractContextManager[Any]:
-    """64-bit types within the block, wherever JAX keeps the switch."""
+def enable_x64(enabled: bool = True) -> contextlib.AbstractContextManager[Any]:
+    """64-bit types within the block, or none, wherever JAX keeps the switch."""
     if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(True)
-    return importlib.import_module("jax.experimental").enable_x64()
+        return jax.enable_x64(enabled)
+    return importlib.import_module("jax.experimental").enable_x64(enabled)
 
 
 def tpu_kind() -> str | None:

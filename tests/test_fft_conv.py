@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as pk
-from pallas_kernels import aot, fourier, testing
+from pallas_kernels import aot, fourier, lowering, testing
 from pallas_kernels.gpu import fft_conv as gpu
 from pallas_kernels.ops.fft_conv import OPERATOR, reference
 from pallas_kernels.tpu import fft_conv as tpu
@@ -150,7 +150,7 @@ def test_precisions_keep_their_promise(platform, precision, random):
 @pytest.mark.parametrize("length", [1 << 13, 50_000, 1 << 17])
 def test_long_sequences_in_xla(length, random):
     u, k = normal(random, 1, length, 1), normal(random, length, 1)
-    with testing._x64():
+    with lowering.enable_x64():
         expected = reference(u.astype(jnp.float64), k.astype(jnp.float64))
     assert error(pk.fft_conv(u, k, implementation="xla"), expected) <= 1e-6
 
@@ -255,7 +255,7 @@ def test_gradients_of_every_argument(conv, random):
     def with_gates(conv):
         return lambda u, k, skip, i, o: conv(u, k, skip=skip, gate_in=i, gate_out=o)
 
-    with testing._x64():
+    with lowering.enable_x64():
         wide = [a.astype(jnp.float64) for a in arrays]
         expected = gradients(with_gates(reference), 5)(*wide)
     for got, want in zip(gradients(with_gates(conv), 5)(*arrays), expected, strict=True):
@@ -383,7 +383,7 @@ def test_eval_shape(conv):
 
 
 def test_float64_is_exact(random):
-    with testing._x64():
+    with lowering.enable_x64():
         u, k = normal(random, 2, 45, 2, dtype=np.float64), normal(random, 45, 2, dtype=np.float64)
         y = pk.fft_conv(u, k)
         assert y.dtype == jnp.float64 and error(y, direct(u, k)) <= 1e-14
@@ -474,5 +474,5 @@ def test_bad_arguments_are_refused_when_traced(arguments, error, words):
 
 
 def test_pallas_refuses_float64():
-    with testing._x64(), pytest.raises(NotImplementedError, match="no float64 arithmetic"):
+    with lowering.enable_x64(), pytest.raises(NotImplementedError, match="no float64 arithmetic"):
         jax.eval_shape(lambda: pk.fft_conv(jnp.ones((1, 4, 2)), jnp.ones((4, 2)), implementation="pallas"))

@@ -14,13 +14,9 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import models
+from pallas_kernels.lowering import enable_x64
 from pallas_kernels.models.unireplknet import UniRepLKNet, merge
 from pallas_kernels.nn import BatchNorm, DilatedReparamConv
-
-try:
-    from jax import enable_x64
-except ImportError:  # JAX 0.7
-    from jax.experimental import enable_x64  # pyright: ignore[reportAttributeAccessIssue]
 
 # Training form and deploy form, with 1000 classes.
 COUNTS = {
@@ -211,7 +207,7 @@ def test_merge_changes_nothing(random, bits, tolerance):
 def test_merge_of_bfloat16_rounds_once(random):
     model = small(random, param_dtype=jnp.bfloat16)
     merged = merge(model)
-    with enable_x64(True):
+    with enable_x64():
         exact = small(random, param_dtype=jnp.float64)
         nnx.update(exact, jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), nnx.state(model)))
         expected = jax.tree.leaves(nnx.state(merge(exact)))

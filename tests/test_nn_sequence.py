@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import pallas_kernels as pk
-from pallas_kernels import models, testing
+from pallas_kernels import lowering, models
 from pallas_kernels.models.sequence import LanguageModel, SequenceClassifier
 from pallas_kernels.nn import Hyena, LongConv, SGConv, streaming
 
@@ -48,7 +48,7 @@ def published(weights, multiplier, decay, z, combine, nearest):
 def test_the_kernel_is_the_published_one(combine, interpolation, z, decay, random):
     weights, multiplier = random.normal(size=(4, 2, 5, 3)), random.uniform(1, 3, 3)
     exponents = random.uniform(0, 2, 3) if decay else np.zeros(3)
-    with testing._x64():
+    with lowering.enable_x64():
         kernel = pk.sgconv_kernel(
             jnp.asarray(weights), multiplier=jnp.asarray(multiplier), decay=jnp.asarray(exponents) if decay else None,
             init_scale=z, combine=combine, interpolation=interpolation,
@@ -121,7 +121,7 @@ def test_mixers(name, random):
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("channels", [1, 2])
 def test_sgconv_is_the_published_layer(bidirectional, channels, random):
-    with testing._x64():
+    with lowering.enable_x64():
         layer = SGConv(
             3, length=16, kernel_dim=4, bidirectional=bidirectional, channels=channels, glu=True,
             param_dtype=jnp.float64, rngs=nnx.Rngs(0),

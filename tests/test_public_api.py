@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 import pallas_kernels as pk
-from pallas_kernels import aot, bench, he, models, nn, testing
+from pallas_kernels import aot, bench, compress, he, models, nn, testing
 from pallas_kernels.he import ckks, ring, rns
 from pallas_kernels.models import unireplknet
 
@@ -25,7 +25,7 @@ def test_public_names(module: ModuleType) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [pk, nn, he, ckks, ring, rns, models, unireplknet, aot, bench, testing],
+    [pk, nn, he, ckks, ring, rns, compress, models, unireplknet, aot, bench, testing],
     ids=lambda m: m.__name__,
 )
 def test_public_functions_and_classes_have_docstrings(module: ModuleType) -> None:

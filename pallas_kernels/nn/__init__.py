@@ -2,6 +2,7 @@
 
 from pallas_kernels.nn.convolution import BRANCHES, DepthwiseConv, DilatedReparamConv
 from pallas_kernels.nn.layers import GRN, DropPath, LayerScale, SqueezeExcite
+from pallas_kernels.nn.linear import BlastLinear, LowRankLinear, MonarchLinear
 from pallas_kernels.nn.normalization import BatchNorm, fold_batch_norm
 from pallas_kernels.nn.sequence import Hyena, KernelNorm, LongConv, SGConv
 
@@ -9,6 +10,7 @@ __all__ = [
     "BRANCHES",
     "GRN",
     "BatchNorm",
+    "BlastLinear",
     "DepthwiseConv",
     "DilatedReparamConv",
     "DropPath",
@@ -16,6 +18,8 @@ __all__ = [
     "KernelNorm",
     "LayerScale",
     "LongConv",
+    "LowRankLinear",
+    "MonarchLinear",
     "SGConv",
     "SqueezeExcite",
     "fold_batch_norm",

@@ -1,0 +1,247 @@
+"""Linear layers whose matrices are of low rank, as a whole or block by block."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels.ops import blast_matmul, low_rank_matmul, monarch_matmul
+
+_ZEROS = jax.nn.initializers.zeros
+
+
+class _FactoredLinear(nnx.Module):
+    """What the layers share: a bias, dtypes, and the way back to a dense layer."""
+
+    FACTORS: tuple[str, ...] = ()
+
+    def _set_up(
+        self, in_features: int, out_features: int, factors: dict[str, Any], use_bias: bool, dtype: Any,
+        param_dtype: Any, bias_init: nnx.Initializer, implementation: str | None, rngs: nnx.Rngs,
+    ) -> None:  # fmt: skip
+        """`factors`: for each its shape, and the variance of its entries at first."""
+        self.in_features, self.out_features = in_features, out_features
+        for name, (shape, variance) in factors.items():
+            draw = nnx.initializers.normal(variance**0.5)
+            setattr(self, name, nnx.Param(draw(rngs.params(), shape, param_dtype)))
+        bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None
+        self.bias = nnx.data(bias)
+        self.dtype, self.implementation = dtype, implementation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"got x of shape {x.shape}, expected (..., {self.in_features})")
+        factors = self._factors()
+        dtype = self.dtype or jnp.result_type(x, *factors)
+        y = self._multiply(x.astype(dtype), *factors)
+        return y if self.bias is None else y + self.bias[...].astype(dtype)
+
+    def to_dense(self) -> jax.Array:
+        """The matrix (in_features, out_features) that the factors stand for."""
+        return self._to_dense(*self._factors())
+
+    def _factors(self) -> list[jax.Array]:
+        return [getattr(self, name)[...] for name in self.FACTORS]
+
+    def _multiply(self, x: jax.Array, *factors: jax.Array) -> jax.Array:
+        raise NotImplementedError
+
+    def _to_dense(self, *factors: jax.Array) -> jax.Array:
+        raise NotImplementedError
+
+
+class MonarchLinear(_FactoredLinear):
+    """A linear layer with a Monarch matrix: each of blocks x blocks blocks has a low rank of its own.
+
+    y = pallas_kernels.monarch_matmul(x, w1, w2) + bias. At first the variance of y is that of a dense layer.
+
+    Parameters: w1 (blocks, blocks rank, in_features / blocks), w2 (blocks, blocks rank, out_features / blocks), bias.
+
+    Args:
+      in_features, out_features: multiples of `blocks`.
+      rank: of a block.
+      blocks: along each side.
+      use_bias: whether to add a bias.
+      dtype: of the computation; None takes what the input and the factors promote to.
+      param_dtype: of the parameters.
+      bias_init: initializer.
+      implementation: as in `pallas_kernels.monarch_matmul`.
+      rngs: random streams.
+
+    Returns (of a call): (..., out_features) for x of shape (..., in_features).
+
+    Raises:
+      ValueError: the features don't divide into blocks, or the rank is 0 or above that of a full block.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from pallas_kernels.nn import MonarchLinear
+      >>> MonarchLinear(64, 96, rank=4, blocks=4, rngs=nnx.Rngs(0))(jnp.ones((2, 64))).shape
+      (2, 96)
+
+    Source: Dao et al., Monarch, arXiv:2204.00595.
+    """
+
+    FACTORS = ("w1", "w2")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: int,
+        blocks: int = 4,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        bias_init: nnx.Initializer = _ZEROS,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        p, q = _block(in_features, out_features, blocks)
+        _check_rank(rank, min(p, q))
+        self.rank, self.blocks = rank, blocks
+        ranks = blocks * rank
+        factors = {"w1": ((blocks, ranks, p), 1 / p), "w2": ((blocks, ranks, q), 1 / ranks)}
+        self._set_up(
+            in_features, out_features, factors, use_bias, dtype, param_dtype, bias_init, implementation, rngs
+        )
+
+    def _multiply(self, x: jax.Array, *factors: jax.Array) -> jax.Array:
+        return monarch_matmul.monarch_matmul(x, *factors, implementation=self.implementation)
+
+    def _to_dense(self, *factors: jax.Array) -> jax.Array:
+        return monarch_matmul.to_dense(*factors)
+
+
+class BlastLinear(_FactoredLinear):
+    """A linear layer with a BLAST matrix: blocks of low rank that share their bases along rows and columns.
+
+    y = pallas_kernels.blast_matmul(x, u, s, v) + bias. At first the variance of y is that of a dense layer.
+
+    Parameters: u (blocks, rank, out_features / blocks), s (blocks, blocks, rank), v (blocks, rank, in_features /
+    blocks), bias.
+
+    Args:
+      in_features, out_features: multiples of `blocks`.
+      rank: that all blocks share.
+      blocks: along each side.
+      use_bias, dtype, param_dtype, bias_init, implementation, rngs: as in `MonarchLinear`.
+
+    Returns (of a call): (..., out_features) for x of shape (..., in_features).
+
+    Raises:
+      ValueError: the features don't divide into blocks, or the rank is 0 or above that of the full matrix.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from pallas_kernels.nn import BlastLinear
+      >>> BlastLinear(64, 96, rank=16, blocks=4, rngs=nnx.Rngs(0))(jnp.ones((2, 64))).shape
+      (2, 96)
+
+    Source: Lee et al., BLAST, arXiv:2410.21262.
+    """
+
+    FACTORS = ("u", "s", "v")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: int,
+        blocks: int = 4,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        bias_init: nnx.Initializer = _ZEROS,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        p, q = _block(in_features, out_features, blocks)
+        _check_rank(rank, min(in_features, out_features))
+        self.rank, self.blocks = rank, blocks
+        factors = {
+            "u": ((blocks, rank, q), 1 / (blocks * rank)),
+            "s": ((blocks, blocks, rank), 1.0),
+            "v": ((blocks, rank, p), 1 / p),
+        }
+        self._set_up(
+            in_features, out_features, factors, use_bias, dtype, param_dtype, bias_init, implementation, rngs
+        )
+
+    def _multiply(self, x: jax.Array, *factors: jax.Array) -> jax.Array:
+        return blast_matmul.blast_matmul(x, *factors, implementation=self.implementation)
+
+    def _to_dense(self, *factors: jax.Array) -> jax.Array:
+        return blast_matmul.to_dense(*factors)
+
+
+class LowRankLinear(_FactoredLinear):
+    """A linear layer with a matrix of low rank.
+
+    y = pallas_kernels.low_rank_matmul(x, u, v) + bias. At first the variance of y is that of a dense layer.
+
+    Parameters: u (rank, out_features), v (rank, in_features), bias.
+
+    Args:
+      in_features, out_features: of the layer.
+      rank: of its matrix.
+      use_bias, dtype, param_dtype, bias_init, implementation, rngs: as in `MonarchLinear`.
+
+    Returns (of a call): (..., out_features) for x of shape (..., in_features).
+
+    Raises:
+      ValueError: the rank is 0 or above that of the full matrix.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from pallas_kernels.nn import LowRankLinear
+      >>> LowRankLinear(64, 96, rank=16, rngs=nnx.Rngs(0))(jnp.ones((2, 64))).shape
+      (2, 96)
+    """
+
+    FACTORS = ("u", "v")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: int,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        bias_init: nnx.Initializer = _ZEROS,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        _check_rank(rank, min(in_features, out_features))
+        self.rank, self.blocks = rank, 1
+        factors = {"u": ((rank, out_features), 1 / rank), "v": ((rank, in_features), 1 / in_features)}
+        self._set_up(
+            in_features, out_features, factors, use_bias, dtype, param_dtype, bias_init, implementation, rngs
+        )
+
+    def _multiply(self, x: jax.Array, *factors: jax.Array) -> jax.Array:
+        return low_rank_matmul.low_rank_matmul(x, *factors, implementation=self.implementation)
+
+    def _to_dense(self, *factors: jax.Array) -> jax.Array:
+        return low_rank_matmul.to_dense(*factors)
+
+
+def _block(in_features: int, out_features: int, blocks: int) -> tuple[int, int]:
+    if blocks < 1 or in_features % blocks or out_features % blocks:
+        raise ValueError(
+            f"got {in_features} to {out_features} features, expected multiples of blocks={blocks}"
+        )
+    return in_features // blocks, out_features // blocks
+
+
+def _check_rank(rank: int, full: int) -> None:
+    if not 1 <= rank <= full:
+        raise ValueError(f"got {rank=}, expected 1 to {full}, the rank of a full block")

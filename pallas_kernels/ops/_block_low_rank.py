@@ -1,0 +1,179 @@
+"""What the products with block-low-rank matrices share: checks, the choice of a launcher, layers, PyTorch's forms."""
+
+import functools
+import importlib.metadata
+import itertools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import dispatch, lowering
+from pallas_kernels.baselines import Contestant, Prepare, of_jax
+from pallas_kernels.dispatch import Launcher
+from pallas_kernels.operators import Case
+
+
+class Layer(NamedTuple):
+    """A layer of a published compression. monarch, blast: (number of blocks, parameters by inputs + outputs).
+
+    Source: arXiv:2512.20861, table 3.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    low_rank: int
+    monarch: tuple[int, int] | None
+    blast: tuple[int, int]
+
+
+LAYERS = (
+    Layer("Llama-7B qkvo", 4096, 4096, 1024, (16, 1024), (16, 1024)),
+    Layer("Llama-7B gate", 4096, 11008, 1488, (16, 1536), (16, 1488)),
+    Layer("Llama-7B down", 11008, 4096, 1488, (16, 1536), (16, 1488)),
+    Layer("Llama-3.2-1B qo", 2048, 2048, 256, (16, 256), (16, 256)),
+    Layer("Llama-3.2-1B gate", 2048, 8192, 512, (16, 512), (16, 512)),
+    Layer("Llama-3.2-1B up", 2048, 8192, 768, (16, 768), (16, 768)),
+    Layer("Llama-3.2-1B down", 8192, 2048, 768, (16, 768), (16, 768)),
+    Layer("GPT-2 c_attn", 768, 2304, 192, (4, 192), (6, 192)),
+    Layer("GPT-2 c_fc", 768, 3072, 192, (4, 192), (6, 192)),
+    Layer("GPT-2 c_proj", 3072, 768, 192, (4, 192), (6, 192)),
+    Layer("ViT-B qkv", 768, 2304, 128, (4, 128), (3, 128)),
+    Layer("ViT-B fc1", 768, 3072, 128, (4, 128), (3, 128)),
+    Layer("ViT-B fc2", 3072, 768, 128, (4, 128), (3, 128)),
+    Layer("DiT-XL/2 qkv", 1152, 3456, 384, None, (9, 384)),
+    Layer("DiT-XL/2 fc1", 1152, 4608, 256, None, (9, 256)),
+    Layer("DiT-XL/2 adaLN", 1152, 6912, 256, None, (9, 256)),
+)
+TOKENS = (1, 197, 384, 1024, 4096)
+# The fewest of them that take every path; and those of the published measurements that a CPU can do in seconds.
+COMPILED = ((197, "ViT-B fc1"), (1024, "GPT-2 c_attn"), (1024, "Llama-3.2-1B down"), (1024, "Llama-7B gate"))
+TIMED = (("Llama-7B qkvo", "Llama-3.2-1B qo", "GPT-2 c_fc", "ViT-B fc1"), (1, 384, 1024))
+
+
+def layers(full: bool) -> list[tuple[int, Layer]]:
+    """(tokens, layer) of every published layer, or of the fewest that take every path."""
+    named = {layer.name: layer for layer in LAYERS}
+    if full:
+        return list(itertools.product(TOKENS, LAYERS))
+    return [(n, named[name]) for n, name in COMPILED]
+
+
+def timed_layers() -> list[tuple[int, Layer]]:
+    names, tokens = TIMED
+    return [(n, layer) for layer in LAYERS for n in tokens if layer.name in names]
+
+
+def check_arrays(name: str, x: Any, floats: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
+    """Refuse what isn't an array of numbers that the product takes; weights may be int8."""
+    for label, a in {"x": x, **weights, **floats}.items():
+        dtype = getattr(a, "dtype", None)
+        if dtype is not None and (
+            jnp.issubdtype(dtype, jnp.floating) or (label in weights and dtype == jnp.int8)
+        ):
+            continue
+        expected = "a floating-point or int8" if label in weights else "a floating-point"
+        raise TypeError(f"{name}: `{label}` must be {expected} array, got {dtype or type(a)}")
+    if x.ndim < 1:
+        raise ValueError(f"{name}: `x` must be (..., inputs), got shape ()")
+    for label, a in {"x": x, **weights, **floats}.items():
+        if 0 in a.shape:
+            raise ValueError(f"{name}: sizes must be positive, got `{label}` of shape {a.shape}")
+
+
+def prepared(x: jax.Array, *factors: jax.Array | None) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
+    """x as (tokens, inputs), and the factors in its dtype unless they are integers, over the same mesh axes."""
+    arrays = iter(lowering.make_varying(*(jnp.asarray(v) for v in (x, *factors) if v is not None)))
+    x = next(arrays)
+    given = [None if f is None else next(arrays) for f in factors]
+    cast = [f if f is None or jnp.issubdtype(f.dtype, jnp.integer) else f.astype(x.dtype) for f in given]
+    return x.reshape(-1, x.shape[-1]), tuple(cast)
+
+
+def exact(x: jax.Array) -> dict[str, Any]:
+    """How products of x are summed: accelerators would round float32 to fewer bits."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return {
+        "preferred_element_type": wide,
+        "precision": jax.lax.Precision.HIGHEST if x.dtype == wide else None,
+    }
+
+
+def launcher(
+    choice: dispatch.Choice, x: jax.Array, why_not: str | None, why_slower: str | None, run: Any
+) -> Launcher:
+    """`run`, or why it can't; or, if nobody asked for it, why XLA is faster."""
+    if x.dtype == jnp.float64:
+        return "it has no float64 arithmetic"
+    return why_not or (why_slower if choice.implementation is None else None) or run
+
+
+def baselines(
+    to_dense: Callable[..., jax.Array], torch_form: Callable[..., Any]
+) -> Mapping[str, Callable[[Case], Prepare | None]]:
+    """XLA's product with the dense matrix, and the usual form of this product in PyTorch.
+
+    Args:
+      to_dense: from the factors to the matrix (inputs, outputs).
+      torch_form: takes x and the factors as tensors.
+    """
+    return {
+        "XLA, dense": lambda case: functools.partial(_dense, case, to_dense),
+        _torch_name(): lambda case: _torch(case, torch_form),
+    }
+
+
+def _dense(
+    case: Case, to_dense: Callable[..., jax.Array], arguments: Sequence[np.ndarray], cotangent: np.ndarray
+) -> Contestant:
+    x, *factors = arguments
+    matrix = np.asarray(to_dense(*map(jnp.asarray, factors)))
+    structs = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, matrix))
+    dense = of_jax(lambda x, w: jnp.dot(x, w, **exact(x)).astype(x.dtype), Case(case.name, structs))
+    contestant = dense([x, matrix], cotangent)
+    # The gradient of the matrix is computed, but there are only those of factors to compare it with.
+    return contestant._replace(to_numpy=lambda out: contestant.to_numpy(out)[:2])
+
+
+def _torch_name() -> str:
+    try:
+        return f"torch {importlib.metadata.version('torch')}, {os.cpu_count()} threads"
+    except importlib.metadata.PackageNotFoundError:
+        return "torch (not installed)"
+
+
+def _torch(case: Case, form: Callable[..., Any]) -> Prepare | None:
+    try:
+        import torch
+    except ImportError:
+        return None
+    if any(a.dtype != np.float32 for a in case.arguments):
+        return None
+    device = torch.device("cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(os.cpu_count() or 1)
+
+    def prepare(arguments: Sequence[np.ndarray], cotangent: np.ndarray) -> Contestant:
+        *tensors, g = (torch.from_numpy(np.array(a)).to(device) for a in (*arguments, cotangent))
+        for tensor in tensors:
+            tensor.requires_grad_()
+
+        def finished(value: Any) -> Any:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            return value
+
+        def forward() -> Any:
+            with torch.no_grad():
+                return finished((form(*tensors),))
+
+        def gradients() -> Any:
+            out = form(*tensors)
+            return finished((out, *torch.autograd.grad(out, tensors, g)))
+
+        return Contestant(forward, gradients, lambda out: [v.detach().cpu().numpy() for v in out])
+
+    return prepare

@@ -1,0 +1,361 @@
+"""What the products with block-low-rank matrices share: layouts, structure, gradients, transforms, errors."""
+
+import contextlib
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import pallas_kernels as pk
+from pallas_kernels import aot, lowering, testing
+from pallas_kernels.blocks import Blocks, blast_work, monarch_work, powers_of_two
+from pallas_kernels.operators import operators
+from pallas_kernels.ops import blast_matmul, low_rank_matmul, monarch_matmul
+from pallas_kernels.ops._block_low_rank import LAYERS
+
+NAMES = ("blast_matmul", "low_rank_matmul", "monarch_matmul")
+OPERATORS = {name: operators()[name] for name in NAMES}
+MODULES: dict[str, Any] = dict(zip(NAMES, (blast_matmul, low_rank_matmul, monarch_matmul), strict=True))
+# x and factors: small, without a power of two, with as many input as output blocks and not.
+SHAPES = {
+    "blast_matmul": ((5, 18), (2, 4, 5), (2, 3, 4), (3, 4, 6)),
+    "low_rank_matmul": ((5, 18), (4, 10), (4, 18)),
+    "monarch_matmul": ((5, 18), (3, 8, 6), (2, 12, 5)),
+}
+# Of each operator: what covers the code in seconds.
+QUICK = {"N7", "N2x17", "N2x9", "N12", "N6", "order=interleaved"}
+KERNELS = {"tpu": "tpu_custom_call", "cuda": "__gpu$xla.gpu.triton"}
+
+each_operator = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture
+def random(request):
+    return np.random.default_rng(list(request.node.nodeid.encode()))
+
+
+def arrays(random, shapes, dtype: Any = np.float32):
+    return [jnp.asarray(random.normal(size=shape), dtype) for shape in shapes]
+
+
+def function(name, **options):
+    return functools.partial(OPERATORS[name].function, **options)
+
+
+def assert_close(got, expected, tolerance=1e-5):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        a, b = (np.asarray(v, np.float64) for v in (a, b))
+        assert a.shape == b.shape
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
+
+
+def gradients(f, count):
+    return jax.grad(lambda *a: jnp.sum(jnp.tanh(f(*a) / 3)), tuple(range(count)))
+
+
+# Parity
+
+
+@functools.cache
+def results(name, i):
+    cases = OPERATORS[name].parity_cases()
+    one = dataclasses.replace(OPERATORS[name], parity_cases=lambda: [cases[i]])
+    return {r.implementation: r for r in testing.check_operator(one)}
+
+
+CASES = [
+    pytest.param(
+        name, i, id=f"{name} {case.name}", marks=[pytest.mark.slow] * (not QUICK & set(case.name.split()))
+    )
+    for name in NAMES
+    for i, case in enumerate(OPERATORS[name].parity_cases())
+]
+
+
+@pytest.mark.parametrize(("name", "i"), CASES)
+@pytest.mark.parametrize("implementation", ["xla", "pallas (tpu, interpreted)", "pallas (cuda, interpreted)"])
+def test_parity(name, i, implementation):
+    result = results(name, i)[implementation]
+    assert result.ok, result.message
+
+
+@each_operator
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-13), ("float32", 1e-5)])
+def test_the_dense_matrix_gives_the_same(name, dtype, tolerance, random):
+    with lowering.enable_x64():
+        x, *factors = arrays(random, SHAPES[name], dtype)
+        dense = MODULES[name].to_dense(*factors)
+        assert_close(function(name)(x, *factors), x @ dense, tolerance)
+
+
+@each_operator
+def test_unit_vectors_give_the_columns_of_the_matrix(name, random):
+    _, *factors = arrays(random, SHAPES[name])
+    dense = MODULES[name].to_dense(*factors)
+    assert_close(function(name)(jnp.eye(len(dense)), *factors), dense)
+
+
+# Structure
+
+
+def test_orders_differ_by_permutations_of_ranks_and_outputs(random):
+    b1, b2, t, q = 3, 2, 4, 5
+    x, w1, w2 = arrays(random, SHAPES["monarch_matmul"])
+    interleaved = pk.monarch_matmul(x, w1, w2, order="interleaved")
+    blocked_w1 = w1.reshape(b1, t, b2, -1).swapaxes(1, 2).reshape(w1.shape)
+    blocked = pk.monarch_matmul(x, blocked_w1, w2).reshape(-1, b2, q)
+    assert_close(interleaved, blocked.swapaxes(1, 2).reshape(interleaved.shape))
+    assert not np.allclose(interleaved, blocked.reshape(interleaved.shape))
+
+
+def test_a_monarch_matrix_written_out(random):
+    x, w1, w2 = (np.asarray(a, np.float64) for a in arrays(random, SHAPES["monarch_matmul"]))
+    b1, b2, t, p, q = 3, 2, 4, 6, 5
+    y = np.zeros((len(x), b2 * q))
+    for j in range(b2):
+        for k in range(b1):
+            ranks = x[:, k * p : (k + 1) * p] @ w1[k, j * t : (j + 1) * t].T
+            y[:, j * q : (j + 1) * q] += ranks @ w2[j, k * t : (k + 1) * t]
+    assert_close(pk.monarch_matmul(*(jnp.asarray(a, jnp.float32) for a in (x, w1, w2))), y)
+
+
+def test_the_discrete_fourier_transform_is_a_monarch_matrix_of_rank_one(random):
+    b = 8
+    n = b * b
+    fourier = np.exp(-2j * np.pi * np.outer(np.arange(n), np.arange(n)) / n)
+    # Output block and input block are the low digits; of the inputs, they come first.
+    blocks = fourier.reshape(b, b, b, b).transpose(1, 3, 0, 2)
+    left, values, right = np.linalg.svd(blocks)
+    assert values[..., 1:].max() < 1e-10 * values.max()
+    w1, w2 = right[..., 0, :].transpose(1, 0, 2), left[..., 0] * values[..., :1]
+    x = random.normal(size=(2, n))
+    inputs = x.reshape(2, b, b).swapaxes(1, 2).reshape(2, n)
+    with lowering.enable_x64():
+        # Real and imaginary parts of the factors give four real products.
+        rr, ri, ir, ii = (
+            np.asarray(pk.monarch_matmul(jnp.asarray(inputs), f(w1), g(w2), order="interleaved"))
+            for f in (np.real, np.imag)
+            for g in (np.real, np.imag)
+        )
+    assert np.abs(rr - ii + 1j * (ri + ir) - np.fft.fft(x)).max() < 1e-10
+
+
+def test_blast_of_ones_is_of_low_rank_and_of_the_identity_is_block_diagonal(random):
+    x, u, s, v = arrays(random, ((5, 18), (3, 4, 5), (3, 3, 4), (3, 4, 6)))
+    low_rank = pk.low_rank_matmul(x, u.swapaxes(0, 1).reshape(4, -1), v.swapaxes(0, 1).reshape(4, -1))
+    assert_close(pk.blast_matmul(x, u, jnp.ones_like(s), v), low_rank)
+    diagonal = jnp.einsum("nkp,krp,krq->nkq", x.reshape(5, 3, 6), v, u).reshape(5, -1)
+    assert_close(pk.blast_matmul(x, u, jnp.broadcast_to(jnp.eye(3)[..., None], s.shape), v), diagonal)
+
+
+@each_operator
+def test_the_transpose_exchanges_the_factors(name, random):
+    _, *factors = arrays(random, SHAPES[name])
+    exchanged = list(reversed(factors))
+    if name == "blast_matmul":
+        exchanged[1] = exchanged[1].swapaxes(0, 1)
+    to_dense = MODULES[name].to_dense
+    assert_close(to_dense(*exchanged), to_dense(*factors).T)
+
+
+def test_int8_weights_are_their_values(random):
+    x, w1, w2 = arrays(random, SHAPES["monarch_matmul"])
+    quantized = [jnp.asarray(random.integers(-127, 128, w.shape), jnp.int8) for w in (w1, w2)]
+    scale = jnp.asarray(random.uniform(0.1, 1, (2, 3, 4)), jnp.float32)
+    rows = scale.swapaxes(0, 1).reshape(3, 8, 1)
+    expected = pk.monarch_matmul(x, quantized[0] * rows, quantized[1].astype(jnp.float32))
+    assert_close(pk.monarch_matmul(x, *quantized, scale=scale), expected)
+
+
+# Transforms
+
+
+@pytest.fixture(params=["xla", "tpu", "cuda"])
+def implementation(request):
+    """Each implementation, Pallas as interpreted for a platform."""
+    if request.param == "xla":
+        yield {"implementation": "xla"}
+        return
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    with testing.interpret(request.param):
+        yield {"implementation": "pallas"}
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.mark.parametrize("name", ["blast_matmul", "monarch_matmul"])
+def test_vmap_of_gradients(name, implementation, random):
+    x, *factors = arrays(random, SHAPES[name])
+    batch = jnp.stack([x, 2 * x, -x])
+    f, reference = function(name, **implementation), OPERATORS[name].reference
+    axes = (0, *(None for _ in factors))
+    got, expected = (
+        jax.jit(jax.vmap(gradients(g, len(axes)), axes))(batch, *factors) for g in (f, reference)
+    )
+    assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", ["monarch_matmul", pytest.param("blast_matmul", marks=pytest.mark.slow)])
+def test_second_derivatives(name, implementation, random):
+    operands = arrays(random, SHAPES[name])
+    count = len(operands)
+
+    def slope(f, *operands):
+        """The gradients' own sizes, so that every rule is differentiated."""
+        return sum(jnp.sum(jnp.sin(g)) for g in gradients(f, count)(*operands))
+
+    f = function(name, **implementation)
+    second = jax.grad(slope, tuple(range(1, count + 1)))
+    assert_close(
+        jax.jit(functools.partial(second, f))(*operands), second(OPERATORS[name].reference, *operands)
+    )
+
+
+@each_operator
+def test_remat_and_eval_shape(name, random):
+    operands = arrays(random, SHAPES[name])
+    f = function(name)
+    assert_close(
+        gradients(jax.checkpoint(f), len(operands))(*operands), gradients(f, len(operands))(*operands)
+    )
+    structs = [jax.ShapeDtypeStruct((2, *SHAPES[name][0]), jnp.bfloat16), *operands[1:]]
+    y = jax.eval_shape(f, *structs)
+    assert y.shape == (2, 5, 10) and y.dtype == jnp.bfloat16
+
+
+@each_operator
+def test_only_the_input_and_the_factors_are_saved(name, random):
+    operands = arrays(random, SHAPES[name])
+    _, backward = jax.vjp(function(name), *operands)
+    saved = sum(leaf.size for leaf in jax.tree.leaves(backward))
+    assert saved <= sum(a.size for a in operands)
+
+
+@each_operator
+def test_shard_map_over_tokens(name, random):
+    mesh = Mesh(np.array(jax.devices()), ("d",))
+    x, *factors = arrays(random, ((8, 18), *SHAPES[name][1:]))
+    split = (P("d"), *(P() for _ in factors))
+    f = function(name, implementation="xla")
+    parts = jax.shard_map(f, mesh=mesh, in_specs=split, out_specs=P("d"))
+    assert_close(jax.jit(parts)(x, *factors), f(x, *factors))
+    count = len(split)
+    assert_close(jax.jit(gradients(parts, count))(x, *factors), gradients(f, count)(x, *factors))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["blast_matmul", "monarch_matmul"])
+def test_programs_of_a_grid_do_not_race(name, random):
+    x, *factors = arrays(random, ((40, 18), *SHAPES[name][1:]))
+    f, reference = function(name, implementation="pallas"), OPERATORS[name].reference
+    with testing.interpret("tpu", detect_races=True):
+        got = gradients(f, 1 + len(factors))(x, *factors)
+        jax.block_until_ready(got)
+    assert_close(got, gradients(reference, 1 + len(factors))(x, *factors))
+
+
+# Which programs hold a kernel
+
+
+def lowered(f, *args, platform):
+    gpu = aot._abstract_device(aot.TARGETS["sm_90"])
+    with gpu if platform == "cuda" else contextlib.nullcontext():
+        return jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+@each_operator
+def test_the_platform_lowered_for_has_its_kernel(name, platform):
+    case = OPERATORS[name].compile_cases(False)[0]
+    count = len(case.arguments)
+    text = lowered(gradients(function(name), count), *case.arguments, platform=platform)
+    # XLA's two products are as fast as a fused product of low rank.
+    expected = set() if name == "low_rank_matmul" else {platform} & set(KERNELS)
+    assert {p for p, call in KERNELS.items() if call in text} == expected
+
+
+def test_few_tokens_are_left_to_xla_on_a_gpu():
+    case = next(c for c in OPERATORS["monarch_matmul"].compile_cases(True) if " N1 " in c.name)
+    assert KERNELS["cuda"] not in lowered(function("monarch_matmul"), *case.arguments, platform="cuda")
+    asked = function("monarch_matmul", implementation="pallas")
+    assert KERNELS["cuda"] in lowered(asked, *case.arguments, platform="cuda")
+
+
+# The cost model
+
+
+def test_work_counts_operations_and_bytes():
+    blocks = Blocks(4, 4, 192, 768, 48)
+    work = monarch_work(1024, blocks, 1024, itemsize=2, factor_itemsize=2, products=1)
+    parameters = 192 * (768 + 3072)
+    assert work.flops == work.padded_flops == 2 * 1024 * parameters
+    # What lies between the factors isn't among them.
+    assert work.bytes == 2 * (1024 * (768 + 3072) + parameters)
+    blast = blast_work(
+        1024, Blocks(6, 6, 128, 512, 192), 1024, itemsize=2, factor_itemsize=2, products=1, mix=8
+    )
+    assert blast.flops == 2 * 1024 * 192 * (768 + 3072 + 36)
+    assert blast.padded_flops - blast.flops == 2 * 1024 * 192 * 7 * 36
+
+
+def test_published_layers_factor():
+    for layer in LAYERS:
+        for b, rank in filter(None, (layer.monarch, layer.blast)):
+            assert layer.inputs % b == layer.outputs % b == 0
+            assert layer.monarch != (b, rank) or rank % b == 0
+
+
+def test_powers_of_two_cover_a_size():
+    for size, most in ((1, 64), (48, 64), (688, 256), (768, 64)):
+        parts = powers_of_two(size, most)
+        assert all(n & (n - 1) == 0 and n <= most for _, n in parts)
+        assert [i for start, n in parts for i in range(start, start + n)] == list(range(size))
+
+
+# Errors
+
+BAD = [
+    ("monarch_matmul", ((5, 17), (3, 8, 6), (2, 12, 5)), ValueError, ["`x`", "(..., 18)", "(5, 17)"]),
+    ("monarch_matmul", ((5, 18), (3, 7, 6), (2, 12, 5)), ValueError, ["2 t", "got 7 and 12"]),
+    ("monarch_matmul", ((5, 18), (3, 8, 6), (2, 9, 5)), ValueError, ["3 t", "got 8 and 9"]),
+    ("monarch_matmul", ((5, 18), (3, 8), (2, 12, 5)), ValueError, ["(b1, b2 t, p)", "(3, 8)"]),
+    ("monarch_matmul", ((5, 18), (3, 0, 6), (2, 0, 5)), ValueError, ["positive", "(3, 0, 6)"]),
+    ("monarch_matmul", ((), (3, 8, 6), (2, 12, 5)), ValueError, ["(..., inputs)", "()"]),
+    ("blast_matmul", ((5, 17), (2, 4, 5), (2, 3, 4), (3, 4, 6)), ValueError, ["(..., 18)", "(5, 17)"]),
+    ("blast_matmul", ((5, 18), (2, 4, 5), (3, 2, 4), (3, 4, 6)), ValueError, ["(2, 3, 4)", "(3, 2, 4)"]),
+    ("blast_matmul", ((5, 18), (2, 3, 5), (2, 3, 4), (3, 4, 6)), ValueError, ["same rank", "3 and 4"]),
+    ("low_rank_matmul", ((5, 18), (3, 10), (4, 18)), ValueError, ["(r, q)", "(3, 10)", "(4, 18)"]),
+    ("low_rank_matmul", ((5, 17), (4, 10), (4, 18)), ValueError, ["(..., 18)", "(5, 17)"]),
+]
+
+
+@pytest.mark.parametrize(("name", "shapes", "error", "words"), BAD)
+def test_bad_shapes_are_refused_when_traced(name, shapes, error, words):
+    with pytest.raises(error) as caught:
+        jax.eval_shape(function(name), *(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
+    assert all(word in str(caught.value) for word in (name, *words)), caught.value
+
+
+@each_operator
+def test_bad_arguments_are_refused(name, random):
+    x, *factors = arrays(random, SHAPES[name])
+    with pytest.raises(TypeError, match=r"`x` must be a floating-point array, got int32"):
+        function(name)(x.astype(jnp.int32), *factors)
+    with pytest.raises(TypeError, match=r"must be a floating-point or int8 array, got .*list"):
+        function(name)(x, [1.0], *factors[1:])
+    with pytest.raises(ValueError, match="None, 'xla' or 'pallas'"):
+        function(name, implementation="cublas")(x, *factors)
+    with lowering.enable_x64(), pytest.raises(NotImplementedError, match="no float64 arithmetic"):
+        function(name, implementation="pallas")(*(np.asarray(a, np.float64) for a in (x, *factors)))
+    if name == "monarch_matmul":
+        with pytest.raises(ValueError, match=r"'blocked' or 'interleaved', got 'random'"):
+            function(name, order="random")(x, *factors)
+        with pytest.raises(ValueError, match=r"`scale` must have shape \(2, 3, 4\), got \(2,\)"):
+            function(name)(x, *factors, jnp.ones(2))

@@ -1,0 +1,287 @@
+"""Compression: factors against closed forms, budgets, whole networks, files."""
+
+import itertools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pallas_kernels import compress as compression
+from pallas_kernels.compress import compress, factorize, load, restore, save
+from pallas_kernels.nn import BlastLinear, LowRankLinear, MonarchLinear
+
+METHODS = ("blast", "low_rank", "monarch")
+MAKE = {"blast": BlastLinear, "low_rank": LowRankLinear, "monarch": MonarchLinear}
+each_method = pytest.mark.parametrize("method", METHODS)
+
+
+@pytest.fixture
+def random(request):
+    return np.random.default_rng(list(request.node.nodeid.encode()))
+
+
+class Network(nnx.Module):
+    """Layers as an attribute and in a list, with a bias and without, and a dropout that has a state of its own."""
+
+    def __init__(self, seed: int = 0, hidden: int = 48):
+        rngs = nnx.Rngs(seed)
+        self.blocks = nnx.data(
+            [nnx.Linear(24, hidden, rngs=rngs), nnx.Linear(hidden, 24, use_bias=False, rngs=rngs)]
+        )
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.head = nnx.Linear(24, 36, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for block in self.blocks:
+            x = nnx.relu(block(x))
+        return self.head(self.dropout(x))
+
+
+@pytest.fixture
+def network():
+    model = Network()
+    model.eval()
+    return model
+
+
+def dense(factors):
+    return compression._to_dense(factors)
+
+
+def error(w, method, rank, blocks=4, **options):
+    factors = factorize(w, method, rank=rank, blocks=blocks, **options)
+    return np.linalg.norm(w - dense(factors)) / np.linalg.norm(w)
+
+
+# Layers
+
+
+@each_method
+def test_a_new_layer_keeps_the_variance_and_knows_its_matrix(method, random):
+    layer = MAKE[method](256, 192, rank=16, rngs=nnx.Rngs(1))
+    x = jnp.asarray(random.normal(size=(512, 256)), jnp.float32)
+    y = layer(x)
+    assert 0.8 < float(jnp.var(y)) < 1.25
+    np.testing.assert_allclose(y, x @ layer.to_dense(), rtol=1e-3, atol=1e-4)
+    half = MAKE[method](256, 192, rank=16, dtype=jnp.bfloat16, use_bias=False, rngs=nnx.Rngs(1))
+    assert half(x).dtype == jnp.bfloat16 and half.bias is None
+
+
+@each_method
+def test_a_layer_learns(method, random):
+    x, target = (jnp.asarray(random.normal(size=(64, n)), jnp.float32) for n in (16, 8))
+    layer = MAKE[method](16, 8, rank=2, rngs=nnx.Rngs(2))
+
+    def loss(layer):
+        return jnp.mean((layer(x) - target) ** 2)
+
+    before, gradients = nnx.value_and_grad(loss)(layer)
+    nnx.update(layer, jax.tree.map(lambda p, g: p - 0.05 * g, nnx.state(layer, nnx.Param), gradients))
+    assert loss(layer) < before
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "words"),
+    [
+        ("monarch", {"rank": 0}, "rank=0, expected 1 to 4"),
+        ("monarch", {"rank": 5}, "rank=5, expected 1 to 4"),
+        ("monarch", {"rank": 1, "blocks": 3}, "multiples of blocks=3"),
+        ("blast", {"rank": 17}, "rank=17, expected 1 to 16"),
+        ("low_rank", {"rank": 17}, "rank=17, expected 1 to 16"),
+    ],
+)
+def test_layers_refuse_what_does_not_factor(method, options, words):
+    with pytest.raises(ValueError, match=words):
+        MAKE[method](16, 32, rngs=nnx.Rngs(0), **options)
+
+
+def test_a_layer_refuses_other_features():
+    with pytest.raises(ValueError, match=r"\(2, 15\), expected \(..., 16\)"):
+        LowRankLinear(16, 8, rank=2, rngs=nnx.Rngs(0))(jnp.ones((2, 15)))
+
+
+# Factors
+
+
+def test_the_error_is_what_singular_values_leave_out(random):
+    w = random.normal(size=(24, 36))
+    blocks = w.reshape(4, 6, 4, 9).swapaxes(1, 2)
+    for method, stack, full in (("low_rank", w, 24), ("monarch", blocks, 6)):
+        values = np.linalg.svd(stack, compute_uv=False)
+        errors = []
+        for rank in range(1, full + 1):
+            errors.append(error(w, method, rank))
+            expected = np.sqrt(np.sum(values[..., rank:] ** 2)) / np.linalg.norm(w)
+            assert abs(errors[-1] - expected) < 1e-12
+        assert np.all(np.diff(errors) <= 1e-12) and errors[-1] < 1e-12
+
+
+@pytest.mark.parametrize("method", ["low_rank", "monarch"])
+def test_projections_are_idempotent_and_no_neighbour_is_nearer(method, random):
+    w = random.normal(size=(16, 24))
+    factors = factorize(w, method, rank=2, blocks=4)
+    projected = dense(factors)
+    assert error(projected, method, 2) < 1e-12
+    best = np.linalg.norm(w - projected)
+    for _ in range(50):
+        moved = {k: f + 1e-3 * random.normal(size=f.shape) for k, f in factors.items()}
+        assert np.linalg.norm(w - dense(moved)) > best
+
+
+def test_a_blast_matrix_of_a_third_of_the_rank_is_found_from_anywhere(random):
+    u, s, v = (random.normal(size=shape) for shape in ((4, 4, 16), (4, 4, 4), (4, 4, 12)))
+    w = compression._expanded(u, s, v).transpose(1, 3, 0, 2).reshape(48, 64)
+    for seed in range(3):
+        assert error(w, "blast", 12, steps=300, seed=seed) < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "low rank and noise", "monarch"])
+def test_blast_is_no_worse_than_low_rank_and_monarch_of_its_size(kind, random):
+    w = random.normal(size=(32, 48))
+    if kind == "low rank and noise":
+        w = random.normal(size=(32, 4)) @ random.normal(size=(4, 48)) + 0.1 * w
+    if kind == "monarch":
+        w = dense(factorize(w, "monarch", rank=2, blocks=4))
+    others = error(w, "low_rank", 8), error(w, "monarch", 2)
+    errors = [error(w, "blast", 8, steps=steps) for steps in (0, 1, 5, 20)]
+    assert errors[0] <= min(others) + 1e-12
+    assert all(b <= a + 1e-12 for a, b in itertools.pairwise(errors))
+    if kind != "monarch":
+        assert errors[-1] < 0.95 * min(others)
+
+
+def test_blast_scales_with_its_matrix(random):
+    w = random.normal(size=(16, 24))
+    one, four = (dense(factorize(c * w, "blast", rank=6, blocks=4)) for c in (1, 4))
+    np.testing.assert_allclose(four, 4 * one, rtol=1e-9)
+
+
+# Networks
+
+
+@each_method
+def test_half_the_parameters(method, network, random):
+    x = jnp.asarray(random.normal(size=(5, 24)), jnp.float32)
+    before = np.asarray(network(x))
+    small, report = compress(network, method, ratio=0.5)
+    assert [layer.path for layer in report.layers] == ["blocks.0", "blocks.1", "head"]
+    assert all(layer.parameters <= 0.5 * layer.dense_parameters for layer in report.layers)
+    assert type(small.blocks[1]) is MAKE[method]
+    kept = sum(p.size for m in (*small.blocks, small.head) for p in m._factors())
+    assert report.parameters == kept and report.dense_parameters == 24 * 48 * 2 + 24 * 36
+    for layer in report.layers:
+        parent = small.head if layer.path == "head" else small.blocks[int(layer.path[-1])]
+        old = network.head if layer.path == "head" else network.blocks[int(layer.path[-1])]
+        true = np.linalg.norm(old.kernel[...] - parent.to_dense()) / np.linalg.norm(old.kernel[...])
+        assert abs(layer.relative_error - true) < 1e-5
+    assert 0 < report.relative_error < 1
+    assert all(word in str(report) for word in ("blocks.1", "head", method, f"{report.relative_error:.4f}"))
+    np.testing.assert_array_equal(network(x), before)
+    np.testing.assert_allclose(restore(small)(x), small(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "rank"), [("low_rank", 24), ("monarch", 6)])
+def test_full_rank_changes_nothing(method, rank, network, random):
+    x = jnp.asarray(random.normal(size=(5, 24)), jnp.float32)
+    small, report = compress(network, method, rank=rank)
+    np.testing.assert_allclose(small(x), network(x), rtol=1e-4, atol=1e-5)
+    assert report.relative_error < 1e-6
+
+
+@each_method
+def test_an_error_budget_is_kept_and_not_by_much(method, network):
+    report = compress(network, method, error=0.5)[1]
+    assert all(layer.relative_error <= 0.5 for layer in report.layers)
+    if method != "blast":
+        fewer = [layer.rank - 1 for layer in report.layers]
+        for layer, rank in zip(report.layers, fewer, strict=True):
+            assert compress(network, method, rank=rank, pattern=layer.path)[1].relative_error > 0.5
+
+
+def test_a_pattern_chooses_layers(network):
+    small, report = compress(network, "monarch", ratio=0.5, pattern=["blocks.*", "nothing"])
+    assert len(report.layers) == 2 and type(small.head) is nnx.Linear
+
+
+@each_method
+def test_calibration_helps_where_inputs_differ(method, network, random):
+    batches = [
+        jnp.asarray(random.normal(size=(64, 24)) * np.geomspace(0.01, 10, 24), jnp.float32) for _ in range(3)
+    ]
+    x, w = np.concatenate(batches), np.asarray(network.blocks[0].kernel[...])
+
+    def output_error(**options):
+        small, _ = compress(network, method, ratio=0.5, pattern="blocks.0", **options)
+        return np.linalg.norm(x @ (w - np.asarray(small.blocks[0].to_dense())))
+
+    assert output_error(calibration=batches) < 0.8 * output_error()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"ratio": 0.5, "rank": 2}, "ratio=0.5, rank=2, error=None, expected one"),
+        ({}, "expected one of them"),
+        ({"method": "svd", "ratio": 0.5}, "'svd', expected one of monarch, blast, low_rank"),
+        ({"ratio": 0.0}, r"blocks.0: got ratio=0.0"),
+        ({"ratio": 0.01}, r"blocks.0: ratio=0.01 leaves 12 parameters, and rank 1 takes 288"),
+        ({"rank": 0}, "rank=0, expected 1 to 6"),
+        ({"rank": 7}, "rank=7, expected 1 to 6"),
+        ({"error": 1.5}, "error=1.5"),
+        ({"ratio": 0.5, "blocks": 5}, "blocks.0: 24 to 48 features don't divide into 5 blocks"),
+        ({"ratio": 0.5, "pattern": "encoder.*"}, r"no nnx.Linear matches 'encoder.\*'; there are blocks.0"),
+        ({"ratio": 0.5, "calibration": []}, "no activations"),
+    ],
+)
+def test_bad_budgets_are_refused_and_the_network_is_left_alone(options, words, network):
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(network, nnx.Param)))
+    with pytest.raises(ValueError, match=words):
+        compress(network, **options)
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(network, nnx.Param)))
+    assert type(network.head) is nnx.Linear
+
+
+def test_a_network_that_was_not_compressed_is_not_restored(network):
+    with pytest.raises(ValueError, match="without a compressed layer"):
+        restore(network)
+
+
+# Files
+
+
+@pytest.fixture(params=["network.safetensors", "network"])
+def path(request, tmp_path):
+    pytest.importorskip("safetensors.numpy" if request.param.endswith("safetensors") else "orbax.checkpoint")
+    return tmp_path / request.param
+
+
+@each_method
+def test_a_saved_network_is_the_same(method, network, path, random):
+    x = jnp.asarray(random.normal(size=(5, 24)), jnp.float32)
+    small, _ = compress(network, method, ratio=0.5, pattern="blocks.*")
+    save(small, path)
+    other = Network(seed=7)
+    other.eval()
+    again = load(other, path)
+    np.testing.assert_array_equal(again(x), small(x))
+    assert type(other.blocks[0]) is nnx.Linear
+
+
+def test_a_checkpoint_of_another_network_is_refused(network, path):
+    save(compress(network, "low_rank", ratio=0.5)[0], path)
+    with pytest.raises(ValueError, match=r"blocks.0 of \[24, 48\] features, the network has \[24, 60\]"):
+        load(Network(hidden=60), path)
+    with pytest.raises(ValueError, match="was not saved by"):
+        load(network, path.with_name("nothing"))
+
+
+def test_a_missing_extra_says_what_to_install(network, tmp_path, monkeypatch):
+    for name in [n for n in sys.modules if n.split(".")[0] == "safetensors"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "pallas-kernels\[compress\]"'):
+        save(network, tmp_path / "network.safetensors")

@@ -1,0 +1,48 @@
+"""What products of matrices fit and fill on a TPU: VMEM, tiles of tokens, layouts."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.lowering import tpu_kind
+from pallas_kernels.tpu.targets import TPUS
+
+
+def vmem_bytes() -> int:
+    """VMEM of a core of the TPU that a program is traced for, as far as JAX says; else what every TPU since v4 has."""
+    sizes = {tpu.device_kind: tpu.vmem_bytes for tpu in TPUS.values()}
+    return sizes.get(tpu_kind() or "", min(sizes.values()))
+
+
+def vmem_budget() -> int:
+    """What a kernel may take of it: XLA keeps some for itself, and for operands of other programs."""
+    return min(vmem_bytes() * 7 // 8, 64 << 20)
+
+
+def token_tiles(n: int) -> list[tuple[int, int]]:
+    """(tokens of a tile, number of tiles) for n tokens along the lanes, the best first."""
+    if n <= 256:
+        return [(-(-n // 16) * 16, 1), *((size, -(-n // size)) for size in (128, 64, 32, 16) if size < n)]
+    sizes = sorted((256, 128), key=lambda size: -(-n // size) * size)
+    return [(size, -(-n // size)) for size in (*sizes, 64, 32, 16)]
+
+
+def loadable(x: jax.Array) -> jax.Array:
+    """TPUs can't even load float16; float32 holds all of it, bfloat16 would not."""
+    return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
+
+
+def oriented(factor: jax.Array) -> tuple[jax.Array, int]:
+    """A factor (blocks, ranks, features), its last two axes exchanged where that fills fewer tiles; the features' axis.
+
+    XLA lays it out so anyhow, and would copy it for the kernel.
+    """
+    if rank_first(*factor.shape[1:]):
+        return factor, 1
+    return factor.swapaxes(1, 2), 0
+
+
+def rank_first(ranks: int, features: int) -> bool:
+    def tiles(rows: int, columns: int) -> int:
+        return -(-rows // 16) * -(-columns // 128)
+
+    return tiles(ranks, features) <= tiles(features, ranks)
