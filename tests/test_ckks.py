@@ -180,7 +180,10 @@ def test_noise_budget(small):
 # Noise
 
 
-@pytest.mark.parametrize(("special", "level"), [(1, 2), (1, 0), (2, 2), (3, 2), (3, 1)])
+@pytest.mark.parametrize(
+    ("special", "level"),
+    [(1, 2), *(pytest.param(*c, marks=pytest.mark.slow) for c in [(1, 0), (2, 2), (3, 2), (3, 1)])],
+)
 def test_noise_of_key_switching_is_as_predicted(special, level):
     n = 2**10
     p = ckks.parameters(n, 2, special=special, allow_insecure=True)
