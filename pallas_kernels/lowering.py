@@ -127,7 +127,7 @@ def tpu_kind() -> str | None:
     """The kind of TPU that a program is traced for, as far as that is known: the one described, or the one here."""
     described = getattr(getattr(jax.sharding, "get_abstract_mesh", lambda: None)(), "abstract_device", None)
     if described is not None:
-        return described.device_kind if described.platform == "tpu" else None
+        return described.device_kind if described.device_kind.startswith("TPU") else None
     return jax.devices()[0].device_kind if jax.default_backend() == "tpu" else None
 
 

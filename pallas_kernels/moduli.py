@@ -71,7 +71,7 @@ def ntt_primes(n: int, bits: float) -> Iterator[int]:
     Example:
       >>> from itertools import islice
       >>> list(islice(ntt_primes(4096, 30), 3))
-      [1073750017, 1073692673, 1073815553]
+      [1073750017, 1073692673, 1073668097]
     """
     start = round(2**bits / (2 * n))
     for i in range(2**BITS // (2 * n)):

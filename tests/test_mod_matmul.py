@@ -1,5 +1,6 @@
 """Modular matrix products: against Python's integers and FLINT, at the bounds of their sums, and what is refused."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -70,6 +71,7 @@ def test_extreme_factors(kinds, implementation):
     np.testing.assert_array_equal(got, with_flint(a, b, MODULI))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("terms", [1, 3, 7, 64, 127, 128, 129, 255, 257, 512, 1024, 4096, 4097, 8192])
 @pytest.mark.parametrize("kind", ["largest", "half", "random"])
 def test_lengths_of_sums(terms, kind):
@@ -89,7 +91,7 @@ def test_lengths_of_sums(terms, kind):
         np.testing.assert_array_equal(got, expected)
 
 
-@pytest.mark.parametrize("terms", [256, 257, 2048, 4096, 4097])
+@pytest.mark.parametrize("terms", [257, 4096, 4097])
 def test_long_sums_in_kernels(terms, implementation):
     a, b = filled("largest", (6, 2, terms), MODULI), filled("half", (6, terms, 2), MODULI)
     got = pk.he.mod_matmul(a, b, MODULI, implementation=implementation)
@@ -175,11 +177,12 @@ def test_shard_map_over_rows():
     ("target", "call"), [("v5e", "tpu_custom_call"), ("v4", None), ("sm_90", "xla.gpu.triton")]
 )
 def test_the_target_lowered_for_decides(target, call):
-    if target == "v4" and not hasattr(jax.sharding, "AbstractDevice"):
+    device = aot._abstract_device(aot.TARGETS[target])
+    if target == "v4" and isinstance(device, contextlib.nullcontext):
         pytest.skip("this JAX doesn't say which TPU it lowers for")
     shapes = [jax.ShapeDtypeStruct(s, jnp.uint32) for s in ((1, 32, 32), (1, 32, 32))]
     platform = "cuda" if target == "sm_90" else "tpu"
-    with aot._abstract_device(aot.TARGETS[target]):
+    with device:
         function = jax.jit(functools.partial(pk.he.mod_matmul, moduli=(17,)))
         text = function.trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
     assert ("custom_call" in text and call in text) if call else "tpu_custom_call" not in text

@@ -109,7 +109,7 @@ def parameters(
       >>> from pallas_kernels.he import ckks
       >>> p = ckks.parameters(2**13, depth=2)
       >>> p.slots, p.depth, sum(q.bit_length() for q in (*p.moduli, *p.special))
-      (4096, 2, 172)
+      (4096, 2, 173)
     """
     if depth < 0 or special < 1 or not 36 <= scale_bits <= 60 or not scale_bits < base_bits <= 61:
         raise ValueError(

@@ -259,7 +259,7 @@ def _parity_cases() -> list[Case]:
 
 
 def _compile_cases(full: bool) -> list[Case]:
-    """Squares; basis conversions of RNS limbs (12 to 28, 24 to 56 at N = 2^16), where M is the degree of the ring."""
+    """Squares, with a known right factor and without; a long sum, for the largest prime."""
     primes = ntt_moduli(4)
     cases = [
         _case((4,), 256, 256, 256, primes, planned=True),
