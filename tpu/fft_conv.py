@@ -48,7 +48,7 @@ def _plan(batch: int, length: int, channels: int, parts: int, mask: Any) -> Plan
     elif length > LONGEST:
         outer, rows, columns = (-(-length // INNER),), LANES, LANES
     else:
-        columns = LANES if length <= LONGEST // 2 else 2 * LANES
+        columns = min(-(-length // 8) * 8, LANES) if length <= LONGEST // 2 else 2 * LANES
         rows = -(-length // columns)
     group = 1 if outer else max(1, LANES // rows)
     in_batch = min(group, -(-batch // (2 if kept else 1)))
