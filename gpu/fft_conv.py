@@ -16,10 +16,12 @@ from pallas_kernels.fourier import Lags, Plan
 # Sides of a matrix that Triton multiplies; rows that fill the warps of a program.
 SMALLEST, FULL = 16, 64
 # What leaves a program's threads enough registers: the longest sequence of one kernel, by the number of parts; of one
-# between outer passes; and the largest factor of an outer pass, by the number of parts.
-LONGEST, INNER, OUTER = {1: 4096, 2: 2048, 3: 2048}, 1024, {1: 64, 2: 32, 3: 32}
+# between outer passes.
+LONGEST, INNER = {1: 4096, 2: 2048, 3: 2048}, 1024
+# The factors of outer passes.
+OUTER = 32, 16
 # Elements of a program's sequences, and of a block of an outer pass.
-BLOCK, OUTER_BLOCK = 1 << 14, {1: 1 << 12, 2: 1 << 10, 3: 1 << 10}
+BLOCK, OUTER_BLOCK = 1 << 14, 1 << 10
 
 
 def convolve(
@@ -49,7 +51,7 @@ def _plan(batch: int, length: int, channels: int, parts: int, mask: Any) -> Plan
     group = 1 if outer or kept else max(1, FULL // rows)
     plan = Plan(
         outer=outer, rows=rows, columns=columns, batch=group, channels=1, block=1,
-        outer_columns=max(SMALLEST, OUTER_BLOCK[parts] // max(1, *outer, 0)), parts=parts, kept=kept,
+        outer_columns=max(SMALLEST, OUTER_BLOCK // max(1, *outer, 0)), parts=parts, kept=kept,
         num_warps=4 if rows <= FULL else 8,
     )  # fmt: skip
     # In a loop over sequences all matrices stay in registers, where three parts or pairs of rows leave them no room.
@@ -60,11 +62,10 @@ def _passes(points: int, parts: int) -> tuple[tuple[int, ...], int]:
     """The factors of the fewest outer passes, and the points that they leave, as few as may be."""
     if points <= LONGEST[parts]:
         return (), points
-    sides = [n for n in (64, 32, 16) if n <= OUTER[parts]]
     choices = (
         (factors, points // math.prod(factors))
         for passes in itertools.count(1)
-        for factors in itertools.combinations_with_replacement(sides, passes)
+        for factors in itertools.combinations_with_replacement(OUTER, passes)
     )
     return next(c for c in choices if SMALLEST**2 <= c[1] <= INNER)
 
