@@ -28,7 +28,7 @@ def convolve(
     v: jax.Array, h: jax.Array, *, lags: Lags, parts: int, mask: Any, transposed: bool, interpret: Any = False
 ) -> jax.Array:
     """See `fourier.convolve`."""
-    plan = _plan(*v.shape, parts, mask)
+    plan = _plan(v.shape, parts, mask)
     return fourier.convolve(v, h, lags, plan, transposed=transposed, platform="cuda", interpret=interpret)
 
 
@@ -36,12 +36,12 @@ def gradients(
     v: jax.Array, h: jax.Array, g: jax.Array, *, lags: Lags, parts: int, mask: Any, interpret: Any = False
 ) -> tuple[jax.Array, jax.Array]:
     """See `fourier.gradients`."""
-    plan = _plan(*v.shape, parts, mask)
+    plan = _plan(v.shape, parts, mask)
     return fourier.gradients(v, h, g, lags, plan, platform="cuda", interpret=interpret)
 
 
-def _plan(batch: int, length: int, channels: int, parts: int, mask: Any) -> Plan:
-    del channels
+def _plan(shape: tuple[int, ...], parts: int, mask: Any) -> Plan:
+    batch, length, _ = shape
     points = max(SMALLEST**2, 1 << (length - 1).bit_length())
     skips = mask is not None and points == length <= LONGEST[parts] // 2
     outer, points = _passes(2 * points if skips else points, parts)

@@ -90,10 +90,11 @@ def fft_conv(
     if mask is not None:
         h, lags = _masked(h, lags, mask)
     options = _Options(lags, _parts(precision, u.dtype), mask, choice)
-    rest = tuple(arrays.get(name) for name in ("skip", "gate_in", "gate_out"))
-    if all(a is None for a in rest):
-        return _convolve(arrays["u"], h, options)
-    return _gated(arrays["u"], h, *rest, options)
+    u = arrays.pop("u")
+    skip, gate_in, gate_out = (arrays.get(name) for name in ("skip", "gate_in", "gate_out"))
+    if arrays.keys() == {"k"}:
+        return _convolve(u, h, options)
+    return _gated(u, h, skip, gate_in, gate_out, options)
 
 
 def reference(
