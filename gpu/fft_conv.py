@@ -47,7 +47,10 @@ def _plan(shape: tuple[int, ...], parts: int, mask: Any) -> Plan:
     outer, points = _passes(2 * points if skips else points, parts)
     rows = max(SMALLEST, min(2 * FULL, points // SMALLEST))
     columns = points // rows
-    kept = tuple(map(_power_of_two, fourier.kept(mask, rows, columns), (rows, columns))) if skips else None
+    kept = None
+    if mask is not None and skips:
+        k1, k2 = fourier.kept(mask, rows, columns)
+        kept = _power_of_two(k1, rows), _power_of_two(k2, columns)
     group = 1 if outer or kept else max(1, FULL // rows)
     plan = Plan(
         outer=outer, rows=rows, columns=columns, batch=group, channels=1, block=1,

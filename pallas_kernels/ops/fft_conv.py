@@ -170,7 +170,8 @@ def _gradients(v: jax.Array, h: jax.Array, g: jax.Array, options: _Options) -> t
 
 
 def _convolve_backward(options: _Options, saved: Any, g: jax.Array) -> Any:
-    return _gradients(*saved, g, options)
+    v, h = saved
+    return _gradients(v, h, g, options)
 
 
 def _transposed_backward(options: _Options, saved: Any, dv: jax.Array) -> Any:
