@@ -4,6 +4,8 @@ All sizes are powers of two, as Triton wants them. A program holds a sequence in
 takes one more pass over memory, or two.
 """
 
+import itertools
+import math
 from typing import Any
 
 import jax
@@ -13,17 +15,20 @@ from pallas_kernels.fourier import Lags, Plan
 
 # Sides of a matrix that Triton multiplies; rows that fill the warps of a program.
 SMALLEST, FULL = 16, 64
-# The longest sequence of one kernel that spills no registers, by the number of parts; the largest outer factor.
-LONGEST, OUTER = {1: 1 << 12, 2: 1 << 11, 3: 1 << 10}, 1 << 6
+# What leaves a program's threads enough registers: the longest sequence of one kernel, by the number of parts; of one
+# between outer passes.
+LONGEST, INNER = {1: 4096, 2: 2048, 3: 2048}, 1024
+# The factors of outer passes.
+OUTER = 32, 16
 # Elements of a program's sequences, and of a block of an outer pass.
-BLOCK, OUTER_BLOCK = 1 << 14, 1 << 12
+BLOCK, OUTER_BLOCK = 1 << 14, 1 << 10
 
 
 def convolve(
     v: jax.Array, h: jax.Array, *, lags: Lags, parts: int, mask: Any, transposed: bool, interpret: Any = False
 ) -> jax.Array:
     """See `fourier.convolve`."""
-    plan = _plan(*v.shape, parts, mask)
+    plan = _plan(v.shape, parts, mask)
     return fourier.convolve(v, h, lags, plan, transposed=transposed, platform="cuda", interpret=interpret)
 
 
@@ -31,30 +36,41 @@ def gradients(
     v: jax.Array, h: jax.Array, g: jax.Array, *, lags: Lags, parts: int, mask: Any, interpret: Any = False
 ) -> tuple[jax.Array, jax.Array]:
     """See `fourier.gradients`."""
-    plan = _plan(*v.shape, parts, mask)
+    plan = _plan(v.shape, parts, mask)
     return fourier.gradients(v, h, g, lags, plan, platform="cuda", interpret=interpret)
 
 
-def _plan(batch: int, length: int, channels: int, parts: int, mask: Any) -> Plan:
-    del channels
+def _plan(shape: tuple[int, ...], parts: int, mask: Any) -> Plan:
+    batch, length, _ = shape
     points = max(SMALLEST**2, 1 << (length - 1).bit_length())
-    longest, outer = LONGEST[parts], ()
-    skips = mask is not None and points == length <= longest // 2
-    if skips:
-        points *= 2
-    while points > longest:
-        outer = (*outer, min(OUTER, max(SMALLEST, points // longest)))
-        points //= outer[-1]
+    skips = mask is not None and points == length <= LONGEST[parts] // 2
+    outer, points = _passes(2 * points if skips else points, parts)
     rows = max(SMALLEST, min(2 * FULL, points // SMALLEST))
     columns = points // rows
-    kept = tuple(map(_power_of_two, fourier.kept(mask, rows, columns), (rows, columns))) if skips else None
+    kept = None
+    if mask is not None and skips:
+        k1, k2 = fourier.kept(mask, rows, columns)
+        kept = _power_of_two(k1, rows), _power_of_two(k2, columns)
     group = 1 if outer or kept else max(1, FULL // rows)
     plan = Plan(
         outer=outer, rows=rows, columns=columns, batch=group, channels=1, block=1,
         outer_columns=max(SMALLEST, OUTER_BLOCK // max(1, *outer, 0)), parts=parts, kept=kept,
         num_warps=4 if rows <= FULL else 8,
     )  # fmt: skip
-    return plan.with_block(batch, BLOCK)
+    # In a loop over sequences all matrices stay in registers, where three parts or pairs of rows leave them no room.
+    return plan.with_block(batch, 1 if parts == 3 or kept or outer else BLOCK)
+
+
+def _passes(points: int, parts: int) -> tuple[tuple[int, ...], int]:
+    """The factors of the fewest outer passes, and the points that they leave, as few as may be."""
+    if points <= LONGEST[parts]:
+        return (), points
+    choices = (
+        (factors, points // math.prod(factors))
+        for passes in itertools.count(1)
+        for factors in itertools.combinations_with_replacement(OUTER, passes)
+    )
+    return next(c for c in choices if SMALLEST**2 <= c[1] <= INNER)
 
 
 def _power_of_two(kept: tuple[int, ...], size: int) -> tuple[int, ...]:

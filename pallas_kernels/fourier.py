@@ -360,12 +360,12 @@ def _outer_twiddle(plan: Plan, level: int) -> jax.Array:
 
 
 def _planes(a: np.ndarray) -> np.ndarray:
-    return np.stack([a.real, a.imag])
+    return np.stack([np.real(a), np.imag(a)])
 
 
 def _of_planes(a: np.ndarray) -> np.ndarray:
     """The real and the imaginary part of a product with what has its own planes below each other."""
-    return np.stack([np.hstack([a.real, -a.imag]), np.hstack([a.imag, a.real])])
+    return np.stack([np.hstack([np.real(a), -np.imag(a)]), np.hstack([np.imag(a), np.real(a)])])
 
 
 def _split(a: np.ndarray, parts: int) -> np.ndarray:

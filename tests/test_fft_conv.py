@@ -315,7 +315,7 @@ def test_masked_blocks_are_skipped():
     low, comb = (True, False, False, False), (True, False) * 256
 
     def sizes(module, mask):
-        matrices = fourier._matrices(module._plan(4, 512, 2, 1, mask))
+        matrices = fourier._matrices(module._plan((4, 512, 2), 1, mask))
         return matrices.left.size, matrices.right.size
 
     for module in (tpu, gpu):

@@ -24,7 +24,7 @@ def convolve(
 ) -> jax.Array:
     """See `fourier.convolve`."""
     x = _loadable(v)
-    plan = _plan(*x.shape, parts, mask)
+    plan = _plan(x.shape, parts, mask)
     return fourier.convolve(
         x, h, lags, plan, transposed=transposed, platform="tpu", interpret=interpret
     ).astype(v.dtype)
@@ -34,12 +34,13 @@ def gradients(
     v: jax.Array, h: jax.Array, g: jax.Array, *, lags: Lags, parts: int, mask: Any, interpret: Any = False
 ) -> tuple[jax.Array, jax.Array]:
     """See `fourier.gradients`."""
-    x, plan = _loadable(v), _plan(*v.shape, parts, mask)
+    x, plan = _loadable(v), _plan(v.shape, parts, mask)
     dv, dh = fourier.gradients(x, h, _loadable(g), lags, plan, platform="tpu", interpret=interpret)
     return dv.astype(v.dtype), dh
 
 
-def _plan(batch: int, length: int, channels: int, parts: int, mask: Any) -> Plan:
+def _plan(shape: tuple[int, ...], parts: int, mask: Any) -> Plan:
+    batch, length, channels = shape
     outer: tuple[int, ...] = ()
     kept = None
     if mask is not None and length % LANES == 0 and length <= LONGEST // 2:
@@ -48,7 +49,7 @@ def _plan(batch: int, length: int, channels: int, parts: int, mask: Any) -> Plan
     elif length > LONGEST:
         outer, rows, columns = (-(-length // INNER),), LANES, LANES
     else:
-        columns = LANES if length <= LONGEST // 2 else 2 * LANES
+        columns = min(-(-length // 8) * 8, LANES) if length <= LONGEST // 2 else 2 * LANES
         rows = -(-length // columns)
     group = 1 if outer else max(1, LANES // rows)
     in_batch = min(group, -(-batch // (2 if kept else 1)))

@@ -175,8 +175,8 @@ def _draw(result: Result, model: SequenceClassifier, curves: dict[str, list[tupl
     figure.text(
         0.05,
         0.88,
-        f"Of the symbols at the start of {LENGTH} steps, {result.recall:.1%} are remembered at the end, with kernels cut "
-        f"to {SHORT} taps {result.short_recall:.1%}.  Digits, pixel by pixel: {result.digits:.1%}.",
+        f"Of the symbols at the start of {LENGTH} steps, {result.recall:.1%} are remembered at the end, with kernels "
+        f"cut to {SHORT} taps {result.short_recall:.1%}.  Digits, pixel by pixel: {result.digits:.1%}.",
         size=10.5,
         color=grey,
     )

@@ -132,7 +132,9 @@ class SGConv(_LongMixer):
                 f"got {scales} scales, init={init!r} and power_decay={power_decay!r}, expected 1 or more, "
                 "'randn' or 'cos', and None, 'learnable' or 'fixed'"
             )
-        self.combine, self.interpolation, self.init_scale = combine, interpolation, init_scale
+        self.combine: Combine = combine
+        self.interpolation: Interpolation = interpolation
+        self.init_scale = init_scale
         shape = scales, 1 + bidirectional, kernel_dim, channels * features
         if init == "randn":
             weights = jax.random.normal(rngs.params(), shape, param_dtype)
