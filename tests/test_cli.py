@@ -97,7 +97,7 @@ def test_help_of_a_command_shows_examples_and_flags(capsys: pytest.CaptureFixtur
         (["compile", "--workers=two"], "flag --workers=two: invalid literal for int() with base 10: 'two'"),
         (["compile", "--workers=0"], "flag --workers=0: 0 is not a positive integer"),
         (["demo", "visio"], "unknown demo 'visio': did you mean vision?"),
-        (["demo"], "demo takes one name: vision"),
+        (["demo"], "demo takes one name: compress, vision"),
         (["info", "double"], "info takes no arguments, got double"),
     ],
 )
