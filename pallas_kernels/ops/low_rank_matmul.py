@@ -111,7 +111,7 @@ def _parity_cases() -> list[Case]:
 
 def _compile_cases(full: bool) -> list[Case]:
     """XLA's products are as fast: for the kernel, layers that it holds on every target."""
-    fused = {"implementation": "pallas"}
+    fused: dict[str, Any] = {"implementation": "pallas"}
     return [
         *(_of_layer(n, layer) for n, layer in layers(full)),
         _case(197, 768, 3072, 128, jnp.bfloat16, **fused),
