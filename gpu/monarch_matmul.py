@@ -44,7 +44,7 @@ def multiply(
     n, true = x.shape[0], blocks
     x, _, a, b, scale, blocks = _whole_parts(x, None, a, b, scale, blocks)
     b1, b2, p, q, t = blocks
-    tokens, columns, outputs = _plan(n, blocks)
+    tokens, columns, outputs = _plan(n, blocks, x.dtype.itemsize, scaled=scale is not None)
     x = jnp.pad(x, ((0, -n % tokens), (0, 0)))
     tiles = -(-q // columns)
     operands = [x, a, b]
@@ -83,8 +83,9 @@ def gradients(
     n, true = x.shape[0], blocks
     x, g, a, b, _, blocks = _whole_parts(x, g, a, b, None, blocks)
     b1, b2, p, q, t = blocks
-    # Ranks are as independent as blocks: as many together as registers hold.
-    rows = next(r for r in (64, 32, 16) if t % r == 0 and (r == GRAIN or r * (p + q) <= ACCUMULATORS))
+    # Ranks are as independent as blocks: as many together as registers hold beside the operands.
+    room = 2 * ACCUMULATORS // (x.dtype.itemsize * (p + q))
+    rows = next(r for r in (64, 32, 16) if t % r == 0 and (r == GRAIN or r <= room))
     tokens = 32
     tiles = t // rows
     parts = max(1, min(-(-n // (4 * tokens)), PROGRAMS // (b1 * b2 * tiles)))
@@ -133,11 +134,14 @@ def fits(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradien
     return blocks.rank <= 4 * PART and GRAIN * widest <= ACCUMULATORS
 
 
-def _plan(n: int, blocks: Blocks) -> Plan:
+def _plan(n: int, blocks: Blocks, itemsize: int, *, scaled: bool) -> Plan:
     """As many columns as stay in registers, since those that don't fit have their ranks computed again."""
-    columns = math.gcd(blocks.q, COLUMNS if blocks.rank <= PART else COLUMNS // 2)
-    whole = columns >= 2 * PART or columns == blocks.q
-    tokens = min(64 if whole else 32, max(GRAIN, 1 << (n - 1).bit_length()))
+    # Products of float32 are exact, and take as many registers again.
+    narrow = itemsize == 4
+    columns = math.gcd(blocks.q, PART if narrow else COLUMNS if blocks.rank <= PART else COLUMNS // 2)
+    whole = narrow or columns >= 2 * PART or columns == blocks.q
+    most = 32 if narrow else 64 if whole else GRAIN if scaled else 32
+    tokens = min(most, max(GRAIN, 1 << (n - 1).bit_length()))
     columns = columns if whole else blocks.q
     return Plan(tokens, columns, powers_of_two(columns, COLUMNS if whole else PART))
 
@@ -145,7 +149,11 @@ def _plan(n: int, blocks: Blocks) -> Plan:
 def _whole_parts(x: Any, g: Any, a: Any, b: Any, scale: Any, blocks: Blocks) -> Any:
     """Blocks filled up with zeros to whole tiles of tensor cores; those of real models are."""
     b1, b2, p, q, t = blocks
-    grains = PART if p > PART else GRAIN, 2 * PART if q > COLUMNS_IN_PARTS else GRAIN, GRAIN
+    grains = (
+        PART if p > PART else GRAIN,
+        2 * PART if q > COLUMNS_IN_PARTS else PART if q > PART else GRAIN,
+        GRAIN,
+    )
     filled = Blocks(b1, b2, *(-(-v // grain) * grain for v, grain in zip((p, q, t), grains, strict=True)))
     if filled == blocks:
         return x, g, a, b, scale, blocks

@@ -86,9 +86,18 @@ class Report:
         return math.sqrt(errors / (sum(layer.squared_norm for layer in self.layers) or 1.0))
 
     def __str__(self) -> str:
-        rows = [
-            ("layer", "method", "blocks", "rank", "parameters", "of dense", "FLOPs/token", "bytes", "error")
-        ]
+        head = (
+            "layer",
+            "method",
+            "blocks",
+            "rank",
+            "parameters",
+            "of dense",
+            "FLOPs/token",
+            "bytes",
+            "error",
+        )
+        rows: list[tuple[str, ...]] = [head]
         for a in self.layers:
             share = f"{a.parameters / a.dense_parameters:.0%}"
             numbers = (a.blocks, a.rank, f"{a.parameters:,}", share, f"{a.flops:,}", f"{a.bytes:,}")

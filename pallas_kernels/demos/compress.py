@@ -68,8 +68,8 @@ def run(
 
     Args:
       out: the PNG to write.
-      epochs: passes over the training scans; None takes 25, which is enough.
-      tuning: passes of the fine-tuning; None takes 8.
+      epochs: passes over the training scans; None takes 15, which is enough.
+      tuning: passes of the fine-tuning; None takes 4.
       seed: of the split, the initial parameters and the order of the scans.
 
     Returns:
@@ -96,15 +96,25 @@ def run(
     y_train, y_test = split[2:]
     steps = len(x_train) // BATCH
     training, tuning_steps = (
-        (25 if epochs is None else epochs) * steps,
-        (8 if tuning is None else tuning) * steps,
+        (15 if epochs is None else epochs) * steps,
+        (4 if tuning is None else tuning) * steps,
     )
 
     model = VisionTransformer(
-        8, 2, in_channels=1, depth=2, features=64, heads=4, num_classes=10, rngs=nnx.Rngs(seed)
+        8,
+        2,
+        in_channels=1,
+        depth=2,
+        features=64,
+        heads=4,
+        num_classes=10,
+        linear=nnx.Linear,
+        rngs=nnx.Rngs(seed),
     )
+    # So few steps would not teach it where a patch lies, if positions started as small as in a long training.
+    model.pos_embed[...] = model.pos_embed[...] * 50
     with Progress(training + len(METHODS) * len(RATIOS) * tuning_steps, "training") as progress:
-        _train(model, x_train, y_train, training, 2e-3, seed, progress, "dense")
+        _train(model, x_train, y_train, training, 3e-3, seed, progress, "dense")
         accuracy = _accuracy(model, x_test, y_test)
         _, whole = compress(model, "low_rank", rank=64, pattern=PATTERN)
         flops, milliseconds = 2 * whole.dense_parameters, _time(model, x_test)
@@ -158,9 +168,7 @@ def _train(
     random = np.random.default_rng(seed)
     order = np.concatenate([random.permutation(len(x)) for _ in range(steps * BATCH // len(x) + 1)])
     for batch in order[: steps * BATCH].reshape(steps, BATCH):
-        # By up to a pixel, so that a thousand scans are enough.
-        moved = np.roll(x[batch], tuple(random.integers(-1, 2, 2)), (1, 2))
-        value = step(model, optimizer, jnp.asarray(moved), jnp.asarray(y[batch]))
+        value = step(model, optimizer, jnp.asarray(x[batch]), jnp.asarray(y[batch]))
         progress.advance(f"{name}, loss {float(value):.3f}")
 
 

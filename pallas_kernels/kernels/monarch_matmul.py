@@ -67,7 +67,7 @@ def gradients_stacked(
     dtype = x_ref.dtype
 
     @pl.when(pl.program_id(1) == 0)
-    def _() -> None:
+    def start_from_zero() -> None:
         da_ref[...] = jnp.zeros_like(da_ref)
         db_ref[...] = jnp.zeros_like(db_ref)
 

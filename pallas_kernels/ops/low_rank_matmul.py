@@ -82,21 +82,14 @@ def _check(x: Any, u: Any, v: Any, scale: Any) -> None:
 
 
 def _case(
-    n: int | tuple[int, ...],
-    p: int,
-    q: int,
-    r: int,
-    dtype: Any = jnp.float32,
-    *,
-    int8: bool = False,
-    **options: Any,
+    n: int | tuple[int, ...], p: int, q: int, r: int, dtype: Any = jnp.float32, *, int8: bool = False
 ) -> Case:
     tokens = n if isinstance(n, tuple) else (n,)
     weights = jnp.int8 if int8 else dtype
     shapes = [((*tokens, p), dtype), ((r, q), weights), ((r, p), weights), *([((r,), jnp.float32)] * int8)]
     name = f"N{'x'.join(map(str, tokens))} {p} to {q} rank {r} {jnp.dtype(dtype).name}{' int8' * int8}"
     structs = tuple(jax.ShapeDtypeStruct(*s) for s in shapes)
-    return Case(name, structs, options, (0, 3) if int8 else (0, 1, 2))
+    return Case(name, structs, {}, (0, 3) if int8 else (0, 1, 2))
 
 
 def _parity_cases() -> list[Case]:
@@ -106,15 +99,6 @@ def _parity_cases() -> list[Case]:
         _case((2, 9), 17, 24, 5, jnp.bfloat16),
         _case(20, 16, 8, 7, jnp.float16),
         _case(6, 12, 20, 4, int8=True),
-    ]
-
-
-def _compile_cases(full: bool) -> list[Case]:
-    """XLA's products are as fast: for the kernel, layers that it holds on every target."""
-    fused = {"implementation": "pallas"}
-    return [
-        *(_of_layer(n, layer) for n, layer in layers(full)),
-        _case(197, 768, 3072, 128, jnp.bfloat16, **fused),
     ]
 
 
@@ -128,7 +112,7 @@ OPERATOR = Operator(
     function=lambda x, u, v, scale=None, **options: low_rank_matmul(x, u, v, scale=scale, **options),
     reference=reference,
     parity_cases=_parity_cases,
-    compile_cases=_compile_cases,
+    compile_cases=lambda full: [_of_layer(n, layer) for n, layer in layers(full)],
     bench_cases=lambda: [_of_layer(n, layer, jnp.float32) for n, layer in timed_layers()],
     baselines=baselines(to_dense, lambda x, u, v: (x @ v.T) @ u),
 )
