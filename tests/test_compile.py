@@ -24,7 +24,7 @@ KERNELS = {
 }
 # On a GPU the products around the mixing of ranks are XLA's; v4 multiplies no int8.
 ON_GPU = {"blast_matmul": {"blast_mix"}}
-ON_V4 = dict.fromkeys(("basis_conversion", "mod_matmul", "ntt"), set[str]())
+ON_V4 = {name: set[str]() for name in ("basis_conversion", "mod_matmul", "ntt")}
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def conv(request):
     jax.config.update("jax_disable_most_optimizations", before)
 
 
-def normal(random, *shape, dtype=np.float32):
+def normal(random, *shape, dtype: Any = np.float32):
     return jnp.asarray(random.normal(size=shape), dtype)
 
 
@@ -266,7 +267,7 @@ def test_kernel_gradient_of_a_large_batch(conv, random):
     u, k = normal(random, 64, 20, 2, dtype=jnp.bfloat16), normal(random, 20, 2)
     g = normal(random, 64, 20, 2, dtype=jnp.bfloat16)
     (dk,) = jax.vjp(lambda k: conv(u, k), k)[1](g)
-    u, g = np.float64(u), np.float64(g)
+    u, g = np.asarray(u, np.float64), np.asarray(g, np.float64)
     expected = np.stack([np.sum(g[:, j:] * u[:, : 20 - j], (0, 1)) for j in range(20)])
     assert error(dk, expected) <= 2e-5
 

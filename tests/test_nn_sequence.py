@@ -36,7 +36,8 @@ def published(weights, multiplier, decay, z, combine, nearest):
         for i, w in enumerate(weights)
     ]
     taps = d * 2 ** (scales - 1 + z)
-    kernel = np.concatenate(parts) if combine == "cat" else sum(np.pad(p, (0, taps - len(p))) for p in parts)
+    padded = [np.pad(p, (0, taps - len(p))) for p in parts]
+    kernel = np.concatenate(parts) if combine == "cat" else np.sum(padded, 0)
     assert len(kernel) == taps
     return kernel * np.arange(1.0, taps + 1) ** -decay
 

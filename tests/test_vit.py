@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from pallas_kernels.compress import compress
 from pallas_kernels.models.vit import VisionTransformer
 from pallas_kernels.nn import BlastLinear, LowRankLinear, MonarchLinear
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "image_size": 8,
     "patch_size": 2,
     "in_channels": 1,

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from pallas_kernels.compress import Report, compress
+from pallas_kernels.demos import handwritten_digits
 from pallas_kernels.models.vit import VisionTransformer
 from pallas_kernels.progress import Progress
 
@@ -52,7 +53,7 @@ class Result:
 
     def __str__(self) -> str:
         head = ("method", "kept", "parameters", "FLOPs/token", "error", "accuracy", "fine-tuned", "ms/batch")
-        cells = [head]
+        cells: list[tuple[str, ...]] = [head]
         for r in self.rows:
             numbers = (f"{r.ratio:.0%}", f"{r.parameters:,}", f"{r.flops:,}", f"{r.error:.3f}")
             cells.append((r.method, *numbers, f"{r.before:.1%}", f"{r.after:.1%}", f"{r.milliseconds:.1f}"))
@@ -78,22 +79,9 @@ def run(
     Raises:
       ModuleNotFoundError: scikit-learn, matplotlib or optax is not installed.
     """
-    try:
-        import matplotlib  # noqa: F401
-        import optax  # noqa: F401
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            f'this demo needs {error.name}, which is not installed: pip install "pallas-kernels[demo]"',
-            name=error.name,
-        ) from None
-
     start = time.monotonic()
-    scans, digits = load_digits(return_X_y=True)
-    split: list[Any] = train_test_split(scans, digits, test_size=0.2, stratify=digits, random_state=seed)
-    x_train, x_test = (x.reshape(-1, 8, 8, 1).astype(np.float32) / 16 for x in split[:2])
-    y_train, y_test = split[2:]
+    x_train, x_test, y_train, y_test = handwritten_digits(seed)
+    x_train, x_test = (x.reshape(-1, 8, 8, 1) for x in (x_train, x_test))
     steps = len(x_train) // BATCH
     training, tuning_steps = (
         (15 if epochs is None else epochs) * steps,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.demos import handwritten_digits
 from pallas_kernels.he import ckks
 from pallas_kernels.progress import Progress
 
@@ -89,21 +90,8 @@ def run(out: str | Path = "encrypted.png", *, deep: bool = False, images: int = 
     Raises:
       ModuleNotFoundError: scikit-learn, matplotlib or optax is not installed.
     """
-    try:
-        import matplotlib  # noqa: F401
-        import optax  # noqa: F401
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            f'this demo needs {error.name}, which is not installed: pip install "pallas-kernels[demo]"',
-            name=error.name,
-        ) from None
-
     start = time.monotonic()
-    scans, digits = load_digits(return_X_y=True)
-    split: list[Any] = train_test_split(scans / 16, digits, test_size=0.2, stratify=digits, random_state=seed)
-    x_train, x_test, y_train, y_test = split
+    x_train, x_test, y_train, y_test = handwritten_digits(seed)
     x_test, y_test = x_test[:images], y_test[:images]
 
     parameters = ckks.parameters(N, depth=3 if deep else 1)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pallas_kernels.demos import handwritten_digits
 from pallas_kernels.models.sequence import SequenceClassifier
 from pallas_kernels.nn import SGConv
 from pallas_kernels.progress import Progress
@@ -68,22 +69,9 @@ def run(out: str | Path = "sequence.png", *, steps: int = 400, epochs: int = 12,
     Raises:
       ModuleNotFoundError: scikit-learn, matplotlib or optax is not installed.
     """
-    try:
-        import matplotlib  # noqa: F401
-        import optax  # noqa: F401
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            f'this demo needs {error.name}, which is not installed: pip install "pallas-kernels[demo]"',
-            name=error.name,
-        ) from None
-
     start = time.monotonic()
-    scans, digits = load_digits(return_X_y=True)
-    split: list[Any] = train_test_split(scans, digits, test_size=0.2, stratify=digits, random_state=seed)
-    x_train, x_test = (np.asarray(x, np.float32)[..., None] / 16 for x in split[:2])
-    y_train, y_test = split[2:]
+    x_train, x_test, y_train, y_test = handwritten_digits(seed)
+    x_train, x_test = x_train[..., None], x_test[..., None]
     scan_steps = epochs * (len(x_train) // BATCH)
 
     random = np.random.default_rng(seed)

@@ -3,13 +3,13 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pallas_kernels.demos import handwritten_digits
 from pallas_kernels.models.unireplknet import UniRepLKNet, merge
 from pallas_kernels.progress import Progress
 
@@ -73,22 +73,9 @@ def run(out: str | Path = "vision.png", *, epochs: int | None = None, seed: int 
     Raises:
       ModuleNotFoundError: scikit-learn, matplotlib or optax is not installed.
     """
-    try:
-        import matplotlib  # noqa: F401
-        import optax  # noqa: F401
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            f'this demo needs {error.name}, which is not installed: pip install "pallas-kernels[demo]"',
-            name=error.name,
-        ) from None
-
     start = time.monotonic()
-    scans, digits = load_digits(return_X_y=True)
-    split: list[Any] = train_test_split(scans, digits, test_size=0.2, stratify=digits, random_state=seed)
-    x_train, x_test = (np.asarray(_enlarge(x), np.float32) for x in split[:2])
-    y_train, y_test = split[2:]
+    x_train, scans, y_train, y_test = handwritten_digits(seed)
+    x_train, x_test = (np.asarray(_enlarge(x)) for x in (x_train, scans))
 
     networks, losses = {}, {}
     steps = (12 if epochs is None else epochs) * (len(x_train) // BATCH)
@@ -114,12 +101,12 @@ def run(out: str | Path = "vision.png", *, epochs: int | None = None, seed: int 
         seconds=time.monotonic() - start,
         figure=Path(out),
     )
-    _draw(result, split[1].reshape(-1, 8, 8), y_test, merged_logits.argmax(-1), losses, fields)
+    _draw(result, scans.reshape(-1, 8, 8), y_test, merged_logits.argmax(-1), losses, fields)
     return result
 
 
 def _enlarge(scans: np.ndarray) -> jax.Array:
-    images = jnp.asarray(scans, jnp.float32).reshape(-1, 8, 8, 1) / 16
+    images = jnp.asarray(scans).reshape(-1, 8, 8, 1)
     return jax.image.resize(images, (len(images), SIZE, SIZE, 1), "cubic")
 
 

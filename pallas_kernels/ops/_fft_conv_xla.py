@@ -6,6 +6,8 @@ points for every row, of samples that are rotated by exp(i pi n / 2 N), where th
 2 L points: there is no padding to write, read and transform, and memory is what limits transforms on a CPU.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +51,7 @@ def _spectrum(h: jax.Array, lags: Lags, n: int, dtype: np.dtype) -> jax.Array:
     return jnp.fft.fft(jax.lax.complex(re, im) * _rotation(n, jnp.result_type(dtype, jnp.complex64)))
 
 
-def _rotation(n: int, dtype: np.dtype) -> np.ndarray:
+def _rotation(n: int, dtype: np.dtype) -> Any:
     return np.exp(0.5j * np.pi * np.arange(n) / n).astype(dtype)
 
 
