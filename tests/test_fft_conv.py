@@ -19,6 +19,8 @@ from pallas_kernels.ops.fft_conv import OPERATOR, reference
 from pallas_kernels.tpu import fft_conv as tpu
 
 CASES = OPERATOR.parity_cases()
+# Lengths of the cases that cover most of the code in seconds.
+QUICK = {1, 7, 31, 64, 127}
 KERNELS = {"tpu": "tpu_custom_call", "cuda": "__gpu$xla.gpu.triton"}
 # Relative root mean square errors that each precision of a kernel stays within.
 ERRORS = {"highest": 1e-6, "high": 2e-5, "default": 1.5e-2}
@@ -89,7 +91,13 @@ def results(i):
     return {r.implementation: r for r in testing.check_operator(one)}
 
 
-@pytest.mark.parametrize("i", [pytest.param(i, id=case.name) for i, case in enumerate(CASES)])
+@pytest.mark.parametrize(
+    "i",
+    [
+        pytest.param(i, id=case.name, marks=[pytest.mark.slow] * (case.arguments[0].shape[1] not in QUICK))
+        for i, case in enumerate(CASES)
+    ],
+)
 @pytest.mark.parametrize("implementation", ["xla", "pallas (tpu, interpreted)", "pallas (cuda, interpreted)"])
 def test_parity(i, implementation):
     result = results(i)[implementation]

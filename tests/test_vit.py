@@ -70,6 +70,7 @@ def test_attention_is_its_definition():
     np.testing.assert_allclose(attention(x), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("linear", "kind"),
     [
