@@ -54,11 +54,11 @@ def _plan(shape: tuple[int, ...], parts: int, mask: Any) -> Plan:
     group = 1 if outer or kept else max(1, FULL // rows)
     plan = Plan(
         outer=outer, rows=rows, columns=columns, batch=group, channels=1, block=1,
-        outer_columns=max(SMALLEST, OUTER_BLOCK // max(1, *outer, 0)), parts=parts, kept=kept,
+        outer_columns=max(SMALLEST, OUTER_BLOCK // (max(1, *outer, 0) * (1 + (parts == 3)))), parts=parts, kept=kept,
         num_warps=4 if rows <= FULL else 8,
     )  # fmt: skip
-    # In a loop over sequences all matrices stay in registers, where three parts or pairs of rows leave them no room.
-    return plan.with_block(batch, 1 if parts == 3 or kept or outer else BLOCK)
+    # In a loop over sequences all matrices stay in registers, where several parts or pairs of rows leave them no room.
+    return plan.with_block(batch, 1 if parts > 1 or kept or outer else BLOCK)
 
 
 def _passes(points: int, parts: int) -> tuple[tuple[int, ...], int]:
