@@ -165,7 +165,7 @@ def test_long_sequences_in_xla(length, random):
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("passes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_outer_passes(platform, passes, random, monkeypatch):
     module = {"tpu": tpu, "cuda": gpu}[platform]
     plan = module._plan

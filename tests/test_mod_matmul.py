@@ -91,6 +91,7 @@ def test_lengths_of_sums(terms, kind):
         np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("terms", [257, 4096, 4097])
 def test_long_sums_in_kernels(terms, implementation):
     a, b = filled("largest", (6, 2, terms), MODULI), filled("half", (6, terms, 2), MODULI)
@@ -118,6 +119,7 @@ def test_reductions_by_their_bounds():
     assert kernels.reduction(1, (kernels.LARGEST_WORD + 2,)).centre is True
 
 
+@pytest.mark.slow
 def test_a_plan_is_the_matrix(implementation):
     a, b = filled("random", (6, 5, 40), MODULI), filled("random", (6, 40, 7), MODULI)
     plan = pk.he.ModMatmulPlan(b, MODULI)
@@ -141,6 +143,7 @@ def test_plans_are_immutable_and_compare():
         plan.moduli = (17,)
 
 
+@pytest.mark.slow
 def test_leading_axes_broadcast(implementation):
     q = MODULI[2:4]
     a, b = filled("random", (2, 3, 5), q), filled("random", (2, 5, 4), q)

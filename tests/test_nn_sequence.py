@@ -103,7 +103,9 @@ MIXERS = {
 }
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("SGConv", "Hyena"))) for n in MIXERS]
+)
 def test_mixers(name, random):
     mixer = MIXERS[name](6, rngs=nnx.Rngs(0))
     x = jnp.asarray(random.normal(size=(2, 33, 6)), jnp.float32)
