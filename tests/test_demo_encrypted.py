@@ -1,7 +1,5 @@
 """The demonstration of encryption: predictions are those of the clear network."""
 
-import sys
-
 import numpy as np
 import pytest
 
@@ -29,15 +27,6 @@ def test_the_network_in_the_clear():
     x = random.normal(size=5)
     expected = layers[1][0] @ (layers[0][0] @ x + layers[0][1]) ** 2 + layers[1][1]
     np.testing.assert_allclose(encrypted._forward(layers, x), expected)
-
-
-@pytest.mark.parametrize("missing", ["sklearn", "matplotlib", "optax"])
-def test_a_missing_extra_says_what_to_install(monkeypatch, missing):
-    for name in [name for name in sys.modules if name.split(".")[0] == missing]:
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "pallas-kernels\[demo\]"'):
-        encrypted.run()
 
 
 def test_deep_is_for_this_demo_alone(capsys):

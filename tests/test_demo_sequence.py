@@ -1,7 +1,5 @@
 """The sequence demonstration: long kernels remember, short ones can't, and digits are read."""
 
-import sys
-
 import numpy as np
 import pytest
 
@@ -15,16 +13,6 @@ def test_it_remembers_and_reads(tmp_path):
     assert 0.96 <= result.digits <= 1
     assert result.figure.read_bytes().startswith(b"\x89PNG")
     assert f"{result.recall:.1%}" in str(result)
-
-
-@pytest.mark.parametrize("missing", ["sklearn", "matplotlib", "optax"])
-def test_a_missing_extra_says_what_to_install(monkeypatch, missing):
-    for name in [name for name in sys.modules if name.split(".")[0] == missing]:
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "pallas-kernels\[demo\]"') as error:
-        sequence.run()
-    assert missing in str(error.value) and "\n" not in str(error.value)
 
 
 def test_symbols_stand_where_short_kernels_do_not_reach():

@@ -1,7 +1,5 @@
 """The vision demonstration: it learns, and merging changes nothing."""
 
-import sys
-
 import jax
 import numpy as np
 import pytest
@@ -18,16 +16,6 @@ def test_it_learns_and_merges(tmp_path):
     assert result.small_reach < result.reach < 1
     assert result.figure.read_bytes().startswith(b"\x89PNG")
     assert f"{result.accuracy:.1%}" in str(result)
-
-
-@pytest.mark.parametrize("missing", ["sklearn", "matplotlib", "optax"])
-def test_a_missing_extra_says_what_to_install(monkeypatch, missing):
-    for name in [name for name in sys.modules if name.split(".")[0] == missing]:
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "pallas-kernels\[demo\]"') as error:
-        vision.run()
-    assert missing in str(error.value) and "\n" not in str(error.value)
 
 
 def test_reach_of_known_fields():
