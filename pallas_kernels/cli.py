@@ -1,5 +1,6 @@
 """The command line: `pallas-kernels info | check | compile | bench | demo`."""
 
+import csv
 import dataclasses
 import difflib
 import importlib
@@ -167,33 +168,62 @@ def _compile(values: flags.FlagValues, names: list[str]) -> int:
     Example:
       pallas-kernels compile
       pallas-kernels compile depthwise_conv --target v5e,sm_90
-      pallas-kernels compile --target all --full --json > report.json
+      pallas-kernels compile --target all --full --out compiled.csv
     """
     targets = [_known("target", t, [*aot.TARGETS, "all"]) for t in values.target]
     targets = list(aot.TARGETS) if "all" in targets else targets
     for target in targets:
         aot.target_named(target)
-    jobs = list(_compile_jobs(_operators(names), targets, values.full))
-    reports = []
-    with Progress(len(jobs), "compile") as progress:
+    jobs = [
+        job
+        for operator in _operators(names)
+        for case in operator.compile_cases(values.full)
+        if values.only is None or values.only in case.name
+        for job in _jobs(operator, case, targets)
+    ]
+    if not jobs:
+        raise UsageError(f"no case has {values.only!r} in its name")
+    reports, rows = [], _rows_of(values.out)
+    done = {(call, target) for call, target, *_ in rows}
+    jobs = [job for job in jobs if (job.name, job.target) not in done]
+    with open(values.out or os.devnull, "a", newline="") as file, Progress(len(jobs), "compile") as progress:
+        write = csv.writer(file).writerows
+        write([] if file.tell() else [_COMPILED])
         for report in aot.compile_many(jobs, workers=values.workers):
             reports.append(report)
+            rows += (new := list(_compile_rows(report)))
+            write(new)
+            file.flush()
             progress.advance(f"{report.name} {report.target}")
     if values.json:
         print(json.dumps([dataclasses.asdict(r) for r in reports], indent=1))
     else:
-        _print_table([_COMPILE_HEADER, *(row for report in reports for row in _compile_rows(report))])
-    bad = sum(not r.compiled or any(k.spill_bytes for k in r.kernels) for r in reports)
-    print(f"{len(reports) - bad} of {len(reports)} compile without a spill", file=sys.stderr)
+        _print_table([_COMPILED, *rows])
+    calls = {(call, target) for call, target, *_ in rows}
+    bad = {
+        (call, target)
+        for call, target, *_, spill, note in rows
+        if spill not in ("-", "0") or "FAILED" in note
+    }
+    print(f"{len(calls) - len(bad)} of {len(calls)} compile without a spill", file=sys.stderr)
     return 1 if bad else 0
 
 
-def _compile_jobs(chosen: Iterable[Operator], targets: Sequence[str], full: bool) -> Iterator[aot.Job]:
-    for operator in chosen:
-        for case in operator.compile_cases(full):
-            for name, fn, arguments in _passes(operator, case):
-                for target in targets:
-                    yield aot.Job(fn, arguments, target, f"{operator.name} {case.name} {name}")
+def _rows_of(path: str | None) -> list[tuple[str, ...]]:
+    """What an earlier run wrote to a file."""
+    if path is None or not os.path.exists(path):
+        return []
+    with open(path, newline="") as file:
+        header, *rows = map(tuple, csv.reader(file))
+    if header != _COMPILED:
+        raise UsageError(f"{path} is there, and is not of this command: {','.join(header)}")
+    return rows
+
+
+def _jobs(operator: Operator, case: Case, targets: Sequence[str]) -> Iterator[aot.Job]:
+    for name, fn, arguments in _passes(operator, case):
+        for target in targets:
+            yield aot.Job(fn, arguments, target, f"{operator.name} {case.name} {name}")
 
 
 def _passes(operator: Operator, case: Case) -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
@@ -211,7 +241,7 @@ def _passes(operator: Operator, case: Case) -> Iterator[tuple[str, Callable[...,
         yield "gradients", gradients, (jax.eval_shape(forward, *case.arguments), *case.arguments)
 
 
-_COMPILE_HEADER = ("call", "target", "kernel", "cycles", "true", "padded", "memory", "registers", "spill", "")
+_COMPILED = ("call", "target", "kernel", "cycles", "true", "padded", "memory", "registers", "spill", "note")
 
 
 def _compile_rows(report: aot.Report) -> Iterator[tuple[str, ...]]:
@@ -300,6 +330,13 @@ COMMANDS = {
                 "full",
                 False,
                 "all shapes of real models, not one for each path through the code",
+            ),
+            (flags.DEFINE_string, "only", None, "compile the cases with this in their name"),
+            (
+                flags.DEFINE_string,
+                "out",
+                None,
+                "the CSV to write, call by call; calls that it has already are not compiled again",
             ),
             (flags.DEFINE_bool, "json", False, "print all that is known of every kernel, as JSON"),
             (

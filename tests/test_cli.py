@@ -1,11 +1,14 @@
 """The command line: what it prints, where, and with which exit status."""
 
+import csv
 import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -196,13 +199,45 @@ def test_compile_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["compile", "double", "--target", "v5e,sm_80"]) == 0
     captured = capsys.readouterr()
     header, *rows = captured.out.splitlines()
-    assert header.startswith("call") and header.endswith("registers  spill")
+    assert header.startswith("call") and header.endswith("registers  spill  note")
     assert [row.split()[:5] for row in rows] == [
         ["double", "16x128", pass_, target, "double"]
         for pass_ in ("forward", "gradients")
         for target in ("v5e", "sm_80")
     ]
     assert captured.err.endswith("4 of 4 compile without a spill\n")
+
+
+def test_compile_goes_on_where_it_ended(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "compiled.csv"
+    arguments = ["compile", "double", "--target=sm_80", "--only=16x128", f"--out={out}"]
+
+    def interrupted(jobs: list[aot.Job], workers: int) -> Iterator[aot.Report]:
+        yield aot.Report(jobs[0].name, "sm_80", True, None, (aot.KernelReport("double", spill_bytes=8),))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(aot, "compile_many", interrupted)
+        assert cli.main(arguments) == 130
+    assert cli.main(arguments) == 1
+    assert capsys.readouterr().err.endswith("1 of 2 compile without a spill\n")
+    with out.open() as file:
+        rows = [(row["call"], row["spill"]) for row in csv.DictReader(file)]
+    assert rows == [("double 16x128 forward", "8"), ("double 16x128 gradients", "0")]
+
+
+def test_compile_leaves_other_files_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
+    assert cli.main(["compile", "double", "--target=sm_80", f"--out={tmp_path / 'mine.csv'}"]) == 2
+    assert "is not of this command: a,b" in capsys.readouterr().err
+    assert (tmp_path / "mine.csv").read_text() == "a,b\n1,2\n"
+
+
+def test_compile_of_no_case(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compile", "double", "--only=17"]) == 2
+    assert capsys.readouterr().err == "pallas-kernels: no case has '17' in its name\n"
 
 
 def test_compile_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
