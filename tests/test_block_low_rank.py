@@ -35,11 +35,6 @@ KERNELS = {"tpu": "tpu_custom_call", "cuda": "__gpu$xla.gpu.triton"}
 each_operator = pytest.mark.parametrize("name", NAMES)
 
 
-@pytest.fixture
-def random(request):
-    return np.random.default_rng(list(request.node.nodeid.encode()))
-
-
 def arrays(random, shapes, dtype: Any = np.float32):
     return [jnp.asarray(random.normal(size=shape), dtype) for shape in shapes]
 
@@ -177,24 +172,11 @@ def test_int8_weights_are_their_values(random):
 # Transforms
 
 
-@pytest.fixture(params=["xla", "tpu", "cuda"])
-def implementation(request):
-    """Each implementation, Pallas as interpreted for a platform."""
-    if request.param == "xla":
-        yield {"implementation": "xla"}
-        return
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    with testing.interpret(request.param):
-        yield {"implementation": "pallas"}
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.mark.parametrize("name", ["blast_matmul", "monarch_matmul"])
 def test_vmap_of_gradients(name, implementation, random):
     x, *factors = arrays(random, SHAPES[name])
     batch = jnp.stack([x, 2 * x, -x])
-    f, reference = function(name, **implementation), OPERATORS[name].reference
+    f, reference = function(name, implementation=implementation), OPERATORS[name].reference
     axes = (0, *(None for _ in factors))
     got, expected = (
         jax.jit(jax.vmap(gradients(g, len(axes)), axes))(batch, *factors) for g in (f, reference)
@@ -211,7 +193,7 @@ def test_second_derivatives(name, implementation, random):
         """The gradients' own sizes, so that every rule is differentiated."""
         return sum(jnp.sum(jnp.sin(g)) for g in gradients(f, count)(*operands))
 
-    f = function(name, **implementation)
+    f = function(name, implementation=implementation)
     second = jax.grad(slope, tuple(range(1, count + 1)))
     assert_close(
         jax.jit(functools.partial(second, f))(*operands), second(OPERATORS[name].reference, *operands)

@@ -18,11 +18,6 @@ MAKE = {"blast": BlastLinear, "low_rank": LowRankLinear, "monarch": MonarchLinea
 each_method = pytest.mark.parametrize("method", METHODS)
 
 
-@pytest.fixture
-def random(request):
-    return np.random.default_rng(list(request.node.nodeid.encode()))
-
-
 class Network(nnx.Module):
     """Layers as an attribute and in a list, with a bias and without, and a dropout that has a state of its own."""
 

@@ -24,22 +24,9 @@ KERNELS = {"tpu": "tpu_custom_call", "cuda": "__gpu$xla.gpu.triton"}
 
 
 @pytest.fixture
-def random(request):
-    return np.random.default_rng(list(request.node.nodeid.encode()))
-
-
-@pytest.fixture(params=["xla", "tpu", "cuda"])
-def conv(request):
-    """The operator by each implementation, Pallas as interpreted for a platform."""
-    if request.param == "xla":
-        yield functools.partial(pk.depthwise_conv, implementation="xla")
-        return
-    before = jax.config.read("jax_disable_most_optimizations")
-    # An interpreted kernel is a long program that runs once.
-    jax.config.update("jax_disable_most_optimizations", True)
-    with testing.interpret(request.param):
-        yield functools.partial(pk.depthwise_conv, implementation="pallas")
-    jax.config.update("jax_disable_most_optimizations", before)
+def conv(implementation):
+    """The operator by each implementation."""
+    return functools.partial(pk.depthwise_conv, implementation=implementation)
 
 
 def normal(random, *shape, dtype=np.float32):

@@ -29,25 +29,17 @@ LENGTHS = (
 )  # fmt: skip
 
 
-@pytest.fixture
-def random(request):
-    return np.random.default_rng(list(request.node.nodeid.encode()))
-
-
 @pytest.fixture(
     params=["xla", pytest.param("tpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.slow)]
 )
-def conv(request):
-    """The operator by each implementation, Pallas as interpreted for a platform."""
-    if request.param == "xla":
-        yield functools.partial(pk.fft_conv, implementation="xla")
-        return
-    before = jax.config.read("jax_disable_most_optimizations")
-    # An interpreted kernel is a long program that runs once.
-    jax.config.update("jax_disable_most_optimizations", True)
-    with testing.interpret(request.param):
-        yield functools.partial(pk.fft_conv, implementation="pallas")
-    jax.config.update("jax_disable_most_optimizations", before)
+def platform(request):
+    return request.param
+
+
+@pytest.fixture
+def conv(implementation):
+    """The operator by each implementation."""
+    return functools.partial(pk.fft_conv, implementation=implementation)
 
 
 def normal(random, *shape, dtype: Any = np.float32):

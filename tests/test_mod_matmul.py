@@ -21,15 +21,6 @@ from pallas_kernels.ops.mod_matmul import OPERATOR
 MODULI = (3, 257, 536903681, 1073692673, 2147473409, 2147483647)
 
 
-@pytest.fixture(params=["xla", "tpu", "cuda"])
-def implementation(request):
-    if request.param == "xla":
-        yield "xla"
-        return
-    with testing.interpret(request.param):
-        yield "pallas"
-
-
 @pytest.mark.parametrize("case", OPERATOR.parity_cases(), ids=lambda c: c.name)
 def test_parity(case):
     one = dataclasses.replace(OPERATOR, parity_cases=lambda: [case])

@@ -35,11 +35,6 @@ COUNTS = {
 KEYS: Any = types.SimpleNamespace(params=lambda: jax.random.key(0))
 
 
-@pytest.fixture
-def random(request):
-    return np.random.default_rng(list(request.node.nodeid.encode()))
-
-
 @pytest.fixture(autouse=True)
 def no_deprecation():
     with warnings.catch_warnings():

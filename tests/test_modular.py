@@ -17,16 +17,6 @@ MODULI = (
     3, 17, 257, 7681, 12289, 65537, 557057, 786433, 268369921, 260702209, 268042241, 536903681, 1073692673,
     2013265921, 2147473409, 2147483647,
 )  # fmt: skip
-IMPLEMENTATIONS = ["xla", "tpu", "cuda"]
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
-    if request.param == "xla":
-        yield "xla"
-        return
-    with testing.interpret(request.param):
-        yield "pallas"
 
 
 @pytest.mark.parametrize("case", OPERATOR.parity_cases(), ids=lambda c: c.name)

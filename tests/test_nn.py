@@ -13,11 +13,6 @@ from flax import nnx
 from pallas_kernels import nn
 
 
-@pytest.fixture
-def random(request):
-    return np.random.default_rng(list(request.node.nodeid.encode()))
-
-
 @pytest.fixture(autouse=True)
 def no_deprecation():
     with warnings.catch_warnings():

@@ -16,11 +16,6 @@ from pallas_kernels.models.sequence import LanguageModel, SequenceClassifier
 from pallas_kernels.nn import Hyena, LongConv, SGConv, streaming
 
 
-@pytest.fixture
-def random(request):
-    return np.random.default_rng(list(request.node.nodeid.encode()))
-
-
 def upsample(w, factor, nearest):
     """(d,) to (factor d,), one tap after the other."""
     t = (np.arange(factor * len(w)) + 0.5) / factor - 0.5

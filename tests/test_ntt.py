@@ -20,15 +20,6 @@ from pallas_kernels.ops.ntt import OPERATOR
 CASES = OPERATOR.parity_cases()
 
 
-@pytest.fixture(params=["xla", "tpu", "cuda"])
-def implementation(request):
-    if request.param == "xla":
-        yield "xla"
-        return
-    with testing.interpret(request.param):
-        yield "pallas"
-
-
 def primes(n: int, count: int, bits: float = 30) -> tuple[int, ...]:
     found = moduli.ntt_primes(n, bits)
     return tuple(next(found) for _ in range(count))

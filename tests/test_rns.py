@@ -19,11 +19,6 @@ BIG = (536903681, 1073692673, 2147473409, 2147483647)
 SMALL = (3, 17, 257, 12289)
 
 
-@pytest.fixture
-def random(request):
-    return np.random.default_rng(list(request.node.nodeid.encode()))
-
-
 def primes(count: int, bits: float = 28) -> tuple[int, ...]:
     return tuple(itertools.islice(moduli.ntt_primes(2**11, bits), count))
 
