@@ -108,7 +108,7 @@ def _mix(x: jax.Array, v: jax.Array, s: jax.Array, blocks: Blocks, interpret: An
         work=blast_work(
             n, blocks._replace(q=0), len(x), itemsize=x.dtype.itemsize, factor_itemsize=v.dtype.itemsize, products=1,
             mix=1,
-        ),
+        )._replace(intermediate_bytes=b2 * len(x) * r * x.dtype.itemsize),
     )  # fmt: skip
     return z[:, :n, :true_r]
 

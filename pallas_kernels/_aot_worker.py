@@ -84,15 +84,21 @@ def _tpu(task: Task, directory: str) -> Task:
     vmem = re.findall(
         r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"', text
     )
-    # Of the kernels alone, not of the copies that XLA puts beside a bare one. An instruction may go over several lines.
-    instructions = [i for i in re.split(r"\n(?=  \S)", text) if "tpu_custom_call" in i]
-    cycles = re.findall(r'"estimated_cycles":"?(\d+)', "\n".join(instructions))
+    # An instruction may go over several lines.
+    instructions = re.split(r"\n(?=  \S)", text)
+    kernels = [i for i in instructions if "tpu_custom_call" in i]
     return {
         "code_bytes": compiled.memory_analysis().generated_code_size_in_bytes,
         "memory_bytes": max(map(int, vmem), default=None),
-        "cycles": sum(map(int, cycles)) if cycles else None,
+        "cycles": _cycles(kernels),
+        "other_cycles": _cycles([i for i in instructions if i not in kernels]),
         "bundles": _take_bundles(directory, re.findall(r"%(\S+) = [^\n]*tpu_custom_call", text)),
     }
+
+
+def _cycles(instructions: list[str]) -> int | None:
+    cycles = re.findall(r'"estimated_cycles":"?(\d+)', "\n".join(instructions))
+    return sum(map(int, cycles)) if cycles else None
 
 
 def _take_bundles(directory: str, kernels: list[str]) -> int | None:

@@ -5,6 +5,7 @@ The vendors' own compilers do it: libtpu for TPUs, Triton and ptxas for GPUs.
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import os
 import pickle
@@ -80,6 +81,7 @@ class Report:
     compiled: whether it would run there, as far as a compiler can tell.
     error: why not.
     kernels: one for each Pallas kernel that the function needs on the target.
+    other_cycles: on a TPU, XLA's estimate for all else in the program; None if it gives none.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Report:
     compiled: bool
     error: str | None
     kernels: tuple[KernelReport, ...]
+    other_cycles: int | None = None
 
 
 class Job(NamedTuple):
@@ -171,18 +174,19 @@ def _start(job: Job, crew: "_Crew") -> Callable[[], Report]:
     """Lower a job here and hand it to the children; what comes back waits for its report."""
     target = target_named(job.target)
     try:
-        program, kernels = _lower(job, target)
+        exported, kernels = _lower(job, target)
     except Exception as e:
         failed = Report(job.name, target.name, False, _one_line(f"{type(e).__name__}: {e}"), ())
         return lambda: failed
-    compiling = crew.submit("tpu", program) if program else None
+    compiling = crew.submit("tpu", exported) if exported else None
     measuring = [_measure(kernel, target, crew) for kernel in kernels]
 
     def wait() -> Report:
         reports = tuple(_judge(k, f.result(), target) for k, f in zip(kernels, measuring, strict=True))
-        errors = [compiling.result().get("error")] if compiling else [k.error for k in reports]
+        program = compiling.result() if compiling else {}
+        errors = [program.get("error")] if compiling else [k.error for k in reports]
         error = next(filter(None, errors), None)
-        return Report(job.name, target.name, error is None, error, reports)
+        return Report(job.name, target.name, error is None, error, reports, program.get("other_cycles"))
 
     return wait
 
@@ -305,7 +309,11 @@ def _work(call: JaxprEqn) -> Work | None:
         return None
     # vmap multiplies the cost estimate, but leaves the metadata.
     batch = cost.flops / max(1, int(stated.get("flops", cost.flops)))
-    return Work(cost.flops, cost.bytes_accessed, round(batch * int(stated.get("padded_flops", cost.flops))))
+    padded, intermediate = (
+        round(batch * int(stated.get(name, default)))
+        for name, default in (("padded_flops", cost.flops), ("intermediate_bytes", 0))
+    )
+    return Work(cost.flops, cost.bytes_accessed, padded, intermediate)
 
 
 def _peak_flops(body: Jaxpr, tpu: TPU) -> float:
@@ -356,7 +364,7 @@ def _profile(kernel: _Kernel, crew: "_Crew") -> _Task:
 
 def _judge(kernel: _Kernel, reply: _Task, target: Target) -> KernelReport:
     """What a child found out, against the limits and the peaks of the target."""
-    found = {k: v for k, v in reply.items() if k != "died"}
+    found = {k: v for k, v in reply.items() if k not in ("died", "other_cycles")}
     needed = reply.get("memory_bytes") or 0
     if "error" not in reply and needed > kernel.memory_limit:
         found["error"] = (
@@ -394,6 +402,7 @@ class _Crew:
         self._lock = threading.Lock()
         self._idle: list[_Child] = []
         self._busy: list[_Child] = []
+        self._asked: dict[bytes, Future[_Task]] = {}
         self._closed = False
 
     def __enter__(self) -> "_Crew":
@@ -410,7 +419,11 @@ class _Crew:
             child.close()
 
     def submit(self, mode: str, task: _Task) -> "Future[_Task]":
-        return self.pool.submit(self.ask, mode, task)
+        """What `ask` will reply. Calls of many sizes need the same GPU program, which is compiled once."""
+        key = hashlib.sha256(pickle.dumps((mode, task))).digest()
+        if key not in self._asked:
+            self._asked[key] = self.pool.submit(self.ask, mode, task)
+        return self._asked[key]
 
     def ask(self, mode: str, task: _Task) -> _Task:
         """The reply of a child of that mode; a crash or a time-out is a reply with an error."""

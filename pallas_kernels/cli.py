@@ -169,6 +169,7 @@ def _compile(values: flags.FlagValues, names: list[str]) -> int:
       pallas-kernels compile
       pallas-kernels compile depthwise_conv --target v5e,sm_90
       pallas-kernels compile --target all --full --out compiled.csv
+      pallas-kernels compile blast_matmul --full --only N1024 --target v5e,v6e --rivals
     """
     targets = [_known("target", t, [*aot.TARGETS, "all"]) for t in values.target]
     targets = list(aot.TARGETS) if "all" in targets else targets
@@ -179,7 +180,7 @@ def _compile(values: flags.FlagValues, names: list[str]) -> int:
         for operator in _operators(names)
         for case in operator.compile_cases(values.full)
         if values.only is None or values.only in case.name
-        for job in _jobs(operator, case, targets)
+        for job in _jobs(operator, case, targets, values.rivals)
     ]
     if not jobs:
         raise UsageError(f"no case has {values.only!r} in its name")
@@ -191,7 +192,7 @@ def _compile(values: flags.FlagValues, names: list[str]) -> int:
         write([] if file.tell() else [_COMPILED])
         for report in aot.compile_many(jobs, workers=values.workers):
             reports.append(report)
-            rows += (new := list(_compile_rows(report)))
+            rows += (new := list(_compile_rows(report, rows)))
             write(new)
             file.flush()
             progress.advance(f"{report.name} {report.target}")
@@ -220,10 +221,21 @@ def _rows_of(path: str | None) -> list[tuple[str, ...]]:
     return rows
 
 
-def _jobs(operator: Operator, case: Case, targets: Sequence[str]) -> Iterator[aot.Job]:
-    for name, fn, arguments in _passes(operator, case):
-        for target in targets:
-            yield aot.Job(fn, arguments, target, f"{operator.name} {case.name} {name}")
+def _jobs(operator: Operator, case: Case, targets: Sequence[str], rivals: bool) -> Iterator[aot.Job]:
+    programs = [(target, *program) for program in _passes(operator, case) for target in targets]
+    if rivals:
+        estimating = [target for target in targets if target in aot.TPUS]
+        programs += [
+            (target, _AGAINST + name, *of_case(case))
+            for name, of_case in operator.rivals.items()
+            for target in estimating
+        ]
+    for target, name, fn, arguments in programs:
+        yield aot.Job(fn, arguments, target, f"{operator.name} {case.name} {name}")
+
+
+# Before a rival's name, where a pass of ours has its own.
+_AGAINST = "forward, by "
 
 
 def _passes(operator: Operator, case: Case) -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
@@ -244,7 +256,9 @@ def _passes(operator: Operator, case: Case) -> Iterator[tuple[str, Callable[...,
 _COMPILED = ("call", "target", "kernel", "cycles", "true", "padded", "memory", "registers", "spill", "note")
 
 
-def _compile_rows(report: aot.Report) -> Iterator[tuple[str, ...]]:
+def _compile_rows(report: aot.Report, rows: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+    """One row a kernel; of a program without one, what XLA estimates, against the kernels among the `rows` so far."""
+
     def percent(share: float | None) -> str:
         return "-" if share is None else f"{share:.0%}"
 
@@ -257,12 +271,18 @@ def _compile_rows(report: aot.Report) -> Iterator[tuple[str, ...]]:
             k.registers,
             k.spill_bytes,
         )
-        note = f"FAILED: {k.error}" if k.error else k.no_cycles or ""
+        between = k.work.intermediate_bytes if k.work else 0
+        known = [k.no_cycles, f"{between} bytes that only the next product reads" if between else None]
+        note = f"FAILED: {k.error}" if k.error else "; ".join(filter(None, known))
         yield (report.name, report.target, k.name, *("-" if c is None else str(c) for c in cells), note)
     if report.error and not any(k.error for k in report.kernels):
         yield (report.name, report.target, *"-------", f"FAILED: {report.error}")
     elif not report.kernels:
-        yield (report.name, report.target, *"-------", "no Pallas kernel: XLA compiles it")
+        note, (call, against, _) = "no Pallas kernel: XLA compiles it", report.name.partition(_AGAINST)
+        ours = [r[3] for r in rows if r[:2] == (f"{call}forward", report.target) and r[2] != "-"]
+        if against and ours and report.other_cycles and "-" not in ours:
+            note = f"{report.other_cycles / sum(map(int, ours)):.2f} times the kernel's"
+        yield (report.name, report.target, "-", str(report.other_cycles or "-"), *"-----", note)
 
 
 def _bench(values: flags.FlagValues, names: list[str]) -> int:
@@ -332,6 +352,12 @@ COMMANDS = {
                 "all shapes of real models, not one for each path through the code",
             ),
             (flags.DEFINE_string, "only", None, "compile the cases with this in their name"),
+            (
+                flags.DEFINE_bool,
+                "rivals",
+                False,
+                "compile XLA's programs for the same job too, and hold cycles of TPU kernels against theirs",
+            ),
             (
                 flags.DEFINE_string,
                 "out",

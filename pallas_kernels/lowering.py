@@ -28,11 +28,13 @@ class Work(NamedTuple):
     flops: floating-point (or integer) operations that the definition needs, one multiply-add counted as two.
     bytes: what must cross HBM once, operands and results.
     padded_flops: operations that the launch issues, lanes and rows of padding included.
+    intermediate_bytes: those of its results that only the operator's next product reads; 0 where all is fused.
     """
 
     flops: int
     bytes: int
     padded_flops: int
+    intermediate_bytes: int = 0
 
 
 def launch(
@@ -85,7 +87,7 @@ def launch(
         interpret=interpret,
         compiler_params=params,
         cost_estimate=pl.CostEstimate(flops=work.flops, bytes_accessed=work.bytes, transcendentals=0),
-        metadata={"flops": str(work.flops), "padded_flops": str(work.padded_flops)},
+        metadata={name: str(value) for name, value in work._asdict().items() if name != "bytes"},
     )
     return call(*operands)
 

@@ -41,6 +41,8 @@ class Operator:
     compile_cases: calls at the shapes of real models; given `full=False`, a subset that covers every code path.
     bench_cases: calls that are timed.
     baselines: other people's implementations of the same call, by name; those that can't run a case return None.
+    rivals: programs of XLA's for the same job, by name: of a case, a function and its arguments. `compile --rivals`
+      holds the kernels' cycles against theirs.
     """
 
     name: str
@@ -50,6 +52,9 @@ class Operator:
     compile_cases: Callable[[bool], list[Case]]
     bench_cases: Callable[[], list[Case]]
     baselines: Mapping[str, Callable[[Case], Callable[..., Any] | None]] = field(default_factory=dict)
+    rivals: Mapping[str, Callable[[Case], tuple[Callable[..., Any], tuple[Any, ...]]]] = field(
+        default_factory=dict
+    )
 
 
 def operators() -> dict[str, Operator]:

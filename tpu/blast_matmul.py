@@ -15,12 +15,12 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.blocks import Blocks, blast_work
 from pallas_kernels.kernels.blast_matmul import GROUP, contract, expand, gradients_stacked, multiply_stacked
 from pallas_kernels.lowering import launch
-from pallas_kernels.tpu.tiles import loadable, token_tiles, vmem_budget
+from pallas_kernels.tpu.tiles import factor_spec, loadable, token_tiles, vmem_budget
 
 # Rows of bfloat16 in a tile of registers.
 GRAIN = 16
 # More ranks a program add nothing but code.
-MOST_RANKS = 512
+MOST_RANKS = 2048
 TOO_LARGE = f"{GRAIN} ranks of all blocks don't fit in VMEM"
 
 
@@ -41,19 +41,20 @@ def multiply(
     b1, b2, p, q, r = blocks
     tokens, tiles, ranks = _checked_plan(n, blocks, x.dtype.itemsize, v.dtype.itemsize, gradient=False)
     x = jnp.pad(x, ((0, tokens * tiles - n), (0, 0)))
+    whole = ranks == r
     out = launch(
         functools.partial(multiply_stacked, blocks=blocks), x, v, expand(s.astype(x.dtype)), u,
         platform="tpu", interpret=interpret, name="blast_matmul",
         grid=(tiles, r // ranks),
         in_specs=[
             pl.BlockSpec((tokens, b1 * p), lambda i, c: (i, 0)),
-            pl.BlockSpec((b1, ranks, p), lambda i, c: (0, c, 0)),
-            pl.BlockSpec((ranks // GROUP, b2 * GROUP, b1 * GROUP), lambda i, c: (c, 0, 0)),
-            pl.BlockSpec((b2, ranks, q), lambda i, c: (0, c, 0)),
+            factor_spec((b1, ranks, p), lambda i, c: (0, c, 0), whole),
+            factor_spec((ranks // GROUP, b2 * GROUP, b1 * GROUP), lambda i, c: (c, 0, 0), whole),
+            factor_spec((b2, ranks, q), lambda i, c: (0, c, 0), whole),
         ],
         out_specs=pl.BlockSpec((tokens, b2 * q), lambda i, c: (i, 0)),
         out_shape=jax.ShapeDtypeStruct((len(x), b2 * q), x.dtype),
-        scratch_shapes=[pltpu.VMEM((tokens, b2 * q), jnp.float32)],
+        scratch_shapes=[] if whole else [pltpu.VMEM((tokens, b2 * q), jnp.float32)],
         sequential=True,
         vmem_limit_bytes=vmem_budget(),
         work=_work(n, len(x), blocks, x, v, products=1),
@@ -128,15 +129,19 @@ def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradie
         tokens, _, ranks = plan
         lanes = -(-tokens // 128) * 128
         factors = ranks * (features * factor_itemsize + b1 * b2 * GROUP * itemsize)
-        buffers = 2 * (tokens * features * itemsize + factors)
+        buffers = 2 * tokens * features * itemsize
         if gradient:
-            buffers += 2 * 4 * ranks * (features + b1 * b2 * GROUP)
+            buffers += 2 * factors + 2 * 4 * ranks * (features + b1 * b2 * GROUP)
+        elif ranks == r:
+            buffers += factors
         else:
-            buffers += 4 * tokens * b2 * q
+            buffers += 2 * factors + 4 * tokens * b2 * q
         return buffers + (1 + gradient) * (b1 + b2) * ranks * lanes * (4 + itemsize) <= vmem_budget()
 
     def quality(plan: Plan) -> tuple[int, ...]:
         tokens, _, ranks = plan
+        if ranks == r and not gradient:  # the factors are read once
+            return 2 * MOST_RANKS, min(tokens, 128), tokens, ranks
         return min(ranks, 128, r), min(tokens, 128), min(ranks, 256), tokens, ranks
 
     return max(filter(fit, plans), key=quality, default=None)

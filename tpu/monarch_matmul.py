@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.blocks import Blocks, monarch_work
 from pallas_kernels.kernels.monarch_matmul import gradients_stacked, multiply_stacked
 from pallas_kernels.lowering import launch
-from pallas_kernels.tpu.tiles import loadable, oriented, rank_first, token_tiles, vmem_budget
+from pallas_kernels.tpu.tiles import factor_spec, loadable, oriented, rank_first, token_tiles, vmem_budget
 
 TOO_LARGE = "the factors of one block of the output don't fit in VMEM"
 
@@ -47,7 +47,10 @@ def multiply(
     a_spec, b_spec = _specs(blocks, jb, a_features, b_features)
     specs = [
         pl.BlockSpec((tokens, b1 * p), at(lambda i, j: (i, 0))),
-        *(pl.BlockSpec(shape, at(lambda i, j, index=index: index(j))) for shape, index in (a_spec, b_spec)),
+        *(
+            factor_spec(shape, at(lambda i, j, index=index: index(j)), jb == b2)
+            for shape, index in (a_spec, b_spec)
+        ),
     ]
     operands = [x, a, b]
     body = functools.partial(
@@ -142,7 +145,8 @@ def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradie
     def fit(plan: Plan) -> bool:
         tokens, _, jb = plan
         ranks = b1 * jb * t
-        buffers = 2 * itemsize * tokens * (b1 * p + jb * q) + 2 * factor_itemsize * ranks * (p + q)
+        copies = 1 if jb == b2 and not gradient else 2
+        buffers = 2 * itemsize * tokens * (b1 * p + jb * q) + copies * factor_itemsize * ranks * (p + q)
         lanes = -(-tokens // 128) * 128
         if gradient:
             buffers += 2 * 4 * ranks * (p + q) + ranks * lanes * itemsize

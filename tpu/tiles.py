@@ -1,7 +1,10 @@
 """What products of matrices fit and fill on a TPU: VMEM, tiles of tokens, layouts."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from pallas_kernels.lowering import tpu_kind
 from pallas_kernels.tpu.targets import TPUS
@@ -15,7 +18,7 @@ def vmem_bytes() -> int:
 
 def vmem_budget() -> int:
     """What a kernel may take of it: XLA keeps some for itself, and for operands of other programs."""
-    return min(vmem_bytes() * 7 // 8, 64 << 20)
+    return min(vmem_bytes() * 7 // 8, 100 << 20)
 
 
 def token_tiles(n: int) -> list[tuple[int, int]]:
@@ -24,6 +27,11 @@ def token_tiles(n: int) -> list[tuple[int, int]]:
         return [(-(-n // 16) * 16, 1), *((size, -(-n // size)) for size in (128, 64, 32, 16) if size < n)]
     sizes = sorted((256, 128), key=lambda size: -(-n // size) * size)
     return [(size, -(-n // size)) for size in (*sizes, 64, 32, 16)]
+
+
+def factor_spec(shape: tuple[int, ...], index: Any, whole: bool) -> pl.BlockSpec:
+    """The blocks of a factor. The whole of it is read once, and needs no second buffer for what comes next."""
+    return pl.BlockSpec(shape, index, pipeline_mode=pl.Buffered(1) if whole else None)
 
 
 def loadable(x: jax.Array) -> jax.Array:

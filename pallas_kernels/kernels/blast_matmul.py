@@ -5,6 +5,7 @@ the last axis, GROUP ranks of all blocks are the rows of one matrix, and a block
 unit.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.blocks import Blocks
-from pallas_kernels.kernels.monarch_matmul import dot, exact, project_looped
+from pallas_kernels.kernels.monarch_matmul import dot, project_looped
 
 GROUP = 8
 
@@ -32,18 +33,29 @@ def contract(matrices: jax.Array, b2: int) -> jax.Array:
 
 
 def multiply_stacked(
-    x_ref: Any, v_ref: Any, s_ref: Any, u_ref: Any, o_ref: Any, sum_ref: Any, *, blocks: Blocks
+    x_ref: Any, v_ref: Any, s_ref: Any, u_ref: Any, o_ref: Any, sum_ref: Any = None, *, blocks: Blocks
 ) -> None:
-    """x (n, b1 p), v (b1, r, p), s expanded, u (b2, r, q) -> o (n, b2 q), summed over programs of some ranks each."""
+    """x (n, b1 p), v (b1, r, p), s expanded, u (b2, r, q) -> o (n, b2 q).
+
+    sum_ref: (n, b2 q) in float32, where programs of some ranks each add up.
+    """
+    z = _mixed(s_ref[...], _projected(x_ref, v_ref, blocks.b1), 2)
+    outs = (
+        dot(z_j, u_ref[j].astype(z_j.dtype), 0, 0)
+        for j, z_j in enumerate(_ungrouped(z, blocks.b2, x_ref.dtype))
+    )
+    if sum_ref is None:
+        for j, out in enumerate(outs):
+            o_ref[:, _columns(j, blocks.q)] = out.astype(o_ref.dtype)
+        return
     tile, tiles = pl.program_id(1), pl.num_programs(1)
 
     @pl.when(tile == 0)
     def _() -> None:
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    z = _mixed(s_ref[...], _projected(x_ref, v_ref, blocks.b1), 2)
-    for j, z_j in enumerate(_ungrouped(z, blocks.b2, x_ref.dtype)):
-        sum_ref[:, _columns(j, blocks.q)] += dot(z_j, u_ref[j].astype(z_j.dtype), 0, 0)
+    for j, out in enumerate(outs):
+        sum_ref[:, _columns(j, blocks.q)] += out
 
     @pl.when(tile == tiles - 1)
     def _() -> None:
@@ -63,7 +75,7 @@ def gradients_stacked(
 
     dtype, s = x_ref.dtype, s_ref[...]
     y, dz = _projected(x_ref, v_ref, blocks.b1), _projected(g_ref, u_ref, blocks.b2)
-    ds_ref[...] += _batched(dz, y, 2, 2)
+    ds_ref[...] += _batched(dz, y, 1, 1)
     for j, z_j in enumerate(_ungrouped(_mixed(s, y, 2), blocks.b2, dtype)):
         du_ref[j] += dot(z_j, g_ref[:, _columns(j, blocks.q)], 1, 0)
     for k, dy_k in enumerate(_ungrouped(_mixed(s, dz, 1), blocks.b1, dtype)):
@@ -74,23 +86,23 @@ def _columns(block: int, width: int) -> slice:
     return slice(block * width, (block + 1) * width)
 
 
-def _projected(x_ref: Any, v_ref: Any, count: int) -> jax.Array:
-    """The ranks of all blocks of x as (r / GROUP, count GROUP, n): rows of a group of whole tiles, so only renamed."""
+def _projected(x_ref: Any, v_ref: Any, count: int) -> list[jax.Array]:
+    """For each group the ranks of all blocks of x, (count GROUP, n): rows of whole tiles, so only renamed."""
     p, dtype = v_ref.shape[2], x_ref.dtype
     ys = [dot(v_ref[k].astype(dtype), x_ref[:, _columns(k, p)], 1, 1) for k in range(count)]
     r, n = ys[0].shape
-    grouped = jnp.stack([y.reshape(r // GROUP, GROUP, n) for y in ys], 1)
-    return grouped.reshape(r // GROUP, count * GROUP, n).astype(dtype)
+    grouped = jnp.stack([y.reshape(r // GROUP, GROUP, n) for y in ys], 1).reshape(-1, count * GROUP, n)
+    return [grouped[g].astype(dtype) for g in range(r // GROUP)]
 
 
-def _mixed(s: jax.Array, y: jax.Array, axis: int) -> jax.Array:
-    return _batched(s, y, axis, 1)
+def _mixed(s: jax.Array, y: Sequence[jax.Array], axis: int) -> jax.Array:
+    return _batched(s, y, axis - 1, 0)
 
 
-def _batched(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
-    return lax.dot_general(
-        a, b, (((axis_a,), (axis_b,)), ((0,), (0,))), precision=exact(a), preferred_element_type=jnp.float32
-    )
+def _batched(
+    a: Sequence[jax.Array] | jax.Array, b: Sequence[jax.Array], axis_a: int, axis_b: int
+) -> jax.Array:
+    return jnp.stack([dot(a[g], b[g], axis_a, axis_b) for g in range(len(b))])
 
 
 def _ungrouped(z: jax.Array, count: int, dtype: Any) -> list[jax.Array]:

@@ -48,13 +48,11 @@ def multiply_stacked(
     b1, b2, p, q, _ = blocks
     dtype = x_ref.dtype
     ys = [dot(a_ref[k].astype(dtype), x_ref[:, k * p : (k + 1) * p], features[0], 1) for k in range(b1)]
-    if scale_ref is None:
-        ys = [y.astype(dtype) for y in ys]
     for j in range(b2):
         y = _of_block(ys, j, b2)
         if scale_ref is not None:
-            y = (y * scale_ref[j]).astype(dtype)
-        out = dot(y, b_ref[j].astype(dtype), 0, 1 - features[1])
+            y = y * scale_ref[j]
+        out = dot(y.astype(dtype), b_ref[j].astype(dtype), 0, 1 - features[1])
         o_ref[:, j * q : (j + 1) * q] = out.astype(o_ref.dtype)
 
 
@@ -73,12 +71,12 @@ def gradients_stacked(
 
     xs = [x_ref[:, k * p : (k + 1) * p] for k in range(b1)]
     gs = [g_ref[:, j * q : (j + 1) * q] for j in range(b2)]
-    ys = [dot(a_ref[k], x, features[0], 1).astype(dtype) for k, x in enumerate(xs)]
-    dys = [dot(b_ref[j], g, features[1], 1).astype(dtype) for j, g in enumerate(gs)]
+    ys = [dot(a_ref[k], x, features[0], 1) for k, x in enumerate(xs)]
+    dys = [dot(b_ref[j], g, features[1], 1) for j, g in enumerate(gs)]
     for j, g in enumerate(gs):
-        db_ref[j] += _outer(_of_block(ys, j, b2), g, features[1])
+        db_ref[j] += _outer(_of_block(ys, j, b2).astype(dtype), g, features[1])
     for k, x in enumerate(xs):
-        da_ref[k] += _outer(_of_block(dys, k, b1), x, features[0])
+        da_ref[k] += _outer(_of_block(dys, k, b1).astype(dtype), x, features[0])
 
 
 def _outer(ranks: jax.Array, features: jax.Array, axis: int) -> jax.Array:

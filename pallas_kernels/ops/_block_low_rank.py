@@ -127,13 +127,32 @@ def baselines(
     }
 
 
+def rivals(
+    function: Callable[..., jax.Array], outputs: Callable[[Case], int]
+) -> Mapping[str, Callable[[Case], tuple[Callable[..., Any], tuple[Any, ...]]]]:
+    """XLA's product with a dense matrix of that size, and what it makes of the factors."""
+
+    def dense(case: Case) -> Any:
+        x = case.arguments[0]
+        return _dot, (x, jax.ShapeDtypeStruct((x.shape[-1], outputs(case)), x.dtype))
+
+    def factored(case: Case) -> Any:
+        return functools.partial(function, **case.options, implementation="xla"), case.arguments
+
+    return {"XLA, dense": dense, "XLA, factored": factored}
+
+
+def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.dot(x, w, **exact(x)).astype(x.dtype)
+
+
 def _dense(
     case: Case, to_dense: Callable[..., jax.Array], arguments: Sequence[np.ndarray], cotangent: np.ndarray
 ) -> Contestant:
     x, *factors = arguments
     matrix = np.asarray(to_dense(*map(jnp.asarray, factors)))
     structs = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, matrix))
-    dense = of_jax(lambda x, w: jnp.dot(x, w, **exact(x)).astype(x.dtype), Case(case.name, structs))
+    dense = of_jax(_dot, Case(case.name, structs))
     contestant = dense([x, matrix], cotangent)
     # The gradient of the matrix is computed, but there are only those of factors to compare it with.
     return contestant._replace(to_numpy=lambda out: contestant.to_numpy(out)[:2])

@@ -19,6 +19,7 @@ from pallas_kernels.ops._block_low_rank import (
     launcher,
     layers,
     prepared,
+    rivals,
     timed_layers,
 )
 from pallas_kernels.ops._multilinear import Multilinear, multiply
@@ -226,4 +227,5 @@ OPERATOR = Operator(
     compile_cases=lambda full: [*_cases(jnp.bfloat16, layers(full)), *_odd_calls()],
     bench_cases=lambda: _cases(jnp.float32, timed_layers()),
     baselines=baselines(to_dense, _torch_form),
+    rivals=rivals(blast_matmul, lambda case: case.arguments[1].shape[0] * case.arguments[1].shape[2]),
 )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.operators import Case, Operator
-from pallas_kernels.ops._block_low_rank import baselines, check_arrays, layers, prepared, timed_layers
+from pallas_kernels.ops._block_low_rank import baselines, check_arrays, layers, prepared, rivals, timed_layers
 from pallas_kernels.ops._multilinear import multiply
 from pallas_kernels.ops.monarch_matmul import MONARCH
 
@@ -115,4 +115,5 @@ OPERATOR = Operator(
     compile_cases=lambda full: [_of_layer(n, layer) for n, layer in layers(full)],
     bench_cases=lambda: [_of_layer(n, layer, jnp.float32) for n, layer in timed_layers()],
     baselines=baselines(to_dense, lambda x, u, v: (x @ v.T) @ u),
+    rivals=rivals(low_rank_matmul, lambda case: case.arguments[1].shape[1]),
 )

@@ -19,6 +19,7 @@ from pallas_kernels.ops._block_low_rank import (
     launcher,
     layers,
     prepared,
+    rivals,
     timed_layers,
 )
 from pallas_kernels.ops._multilinear import Multilinear, multiply
@@ -280,12 +281,17 @@ def _torch_form(x: Any, w1: Any, w2: Any) -> Any:
     return (y @ w2).transpose(0, 1).reshape(n, -1)
 
 
+def _function(x: Any, w1: Any, w2: Any, scale: Any = None, **options: Any) -> jax.Array:
+    return monarch_matmul(x, w1, w2, scale=scale, **options)
+
+
 OPERATOR = Operator(
     name="monarch_matmul",
-    function=lambda x, w1, w2, scale=None, **options: monarch_matmul(x, w1, w2, scale=scale, **options),
+    function=_function,
     reference=reference,
     parity_cases=_parity_cases,
     compile_cases=lambda full: [*_cases(jnp.bfloat16, layers(full)), *_odd_calls()],
     bench_cases=lambda: _cases(jnp.float32, timed_layers()),
     baselines=baselines(to_dense, _torch_form),
+    rivals=rivals(_function, lambda case: case.arguments[2].shape[0] * case.arguments[2].shape[2]),
 )
