@@ -287,6 +287,35 @@ def test_work_counts_operations_and_bytes():
     assert blast.padded_flops - blast.flops == 2 * 1024 * 192 * 7 * 36
 
 
+@pytest.mark.parametrize("target", ["v5e", "sm_90"])
+@pytest.mark.parametrize("name", ["blast_matmul", "monarch_matmul"])
+def test_what_lies_between_the_factors_is_stated(name, target):
+    """Of the results of a forward pass's kernels, all but the operator's own are intermediate: none where it is fused."""
+    case = OPERATORS[name].compile_cases(False)[1]
+    program = jax.jit(function(name, implementation="pallas")).trace(*case.arguments).jaxpr.jaxpr
+    (call,) = aot._pallas_calls(program, aot.TARGETS[target])
+    (result,) = (v.aval for v in call.outvars)
+    work = aot._work(call)
+    if (name, target) == ("blast_matmul", "sm_90"):
+        assert work.intermediate_bytes == result.size * result.dtype.itemsize == 2 * 6 * 1024 * 192
+    else:
+        assert work.intermediate_bytes == 0 and result.shape == (1024, 2304)
+
+
+def test_rivals_do_the_same_job(random):
+    for name, operator in OPERATORS.items():
+        case = operator.parity_cases()[0]
+        x, *factors = (jnp.asarray(a) for a in testing.inputs_for(case))
+        expected = operator.reference(x, *factors)
+        dense, structs = operator.rivals["XLA, dense"](case)
+        matrix = MODULES[name].to_dense(*factors)
+        assert [a.shape for a in structs] == [x.shape, matrix.shape]
+        assert_close(dense(x, matrix), expected)
+        factored, arguments = operator.rivals["XLA, factored"](case)
+        assert arguments == case.arguments
+        assert_close(factored(x, *factors), expected)
+
+
 def test_published_layers_factor():
     for layer in LAYERS:
         for b, rank in filter(None, (layer.monarch, layer.blast)):

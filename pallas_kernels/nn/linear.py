@@ -16,13 +16,30 @@ class _FactoredLinear(nnx.Module):
 
     FACTORS: tuple[str, ...] = ()
 
-    def _set_up(
-        self, in_features: int, out_features: int, factors: dict[str, Any], use_bias: bool, dtype: Any,
-        param_dtype: Any, bias_init: nnx.Initializer, implementation: str | None, rngs: nnx.Rngs,
-    ) -> None:  # fmt: skip
-        """`factors`: for each its shape, and the variance of its entries at first."""
-        self.in_features, self.out_features = in_features, out_features
-        for name, (shape, variance) in factors.items():
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: int,
+        blocks: int = 4,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        bias_init: nnx.Initializer = _ZEROS,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if blocks < 1 or in_features % blocks or out_features % blocks:
+            raise ValueError(
+                f"got {in_features} to {out_features} features, expected multiples of blocks={blocks}"
+            )
+        p, q = in_features // blocks, out_features // blocks
+        full = self._full_rank(p, q, blocks)
+        if not 1 <= rank <= full:
+            raise ValueError(f"got {rank=}, expected 1 to {full}, the rank of a full block")
+        self.in_features, self.out_features, self.rank, self.blocks = in_features, out_features, rank, blocks
+        for name, (shape, variance) in self._shapes(p, q, rank, blocks).items():
             draw = nnx.initializers.normal(variance**0.5)
             setattr(self, name, nnx.Param(draw(rngs.params(), shape, param_dtype)))
         bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None
@@ -43,6 +60,13 @@ class _FactoredLinear(nnx.Module):
 
     def _factors(self) -> list[jax.Array]:
         return [getattr(self, name)[...] for name in self.FACTORS]
+
+    def _full_rank(self, p: int, q: int, blocks: int) -> int:
+        return blocks * min(p, q)
+
+    def _shapes(self, p: int, q: int, rank: int, blocks: int) -> dict[str, Any]:
+        """Of each factor its shape, and the variance of its entries at first."""
+        raise NotImplementedError
 
     def _multiply(self, x: jax.Array, *factors: jax.Array) -> jax.Array:
         raise NotImplementedError
@@ -86,28 +110,12 @@ class MonarchLinear(_FactoredLinear):
 
     FACTORS = ("w1", "w2")
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        rank: int,
-        blocks: int = 4,
-        use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        bias_init: nnx.Initializer = _ZEROS,
-        implementation: str | None = None,
-        rngs: nnx.Rngs,
-    ):
-        p, q = _block(in_features, out_features, blocks)
-        _check_rank(rank, min(p, q))
-        self.rank, self.blocks = rank, blocks
+    def _full_rank(self, p: int, q: int, blocks: int) -> int:
+        return min(p, q)
+
+    def _shapes(self, p: int, q: int, rank: int, blocks: int) -> dict[str, Any]:
         ranks = blocks * rank
-        factors = {"w1": ((blocks, ranks, p), 1 / p), "w2": ((blocks, ranks, q), 1 / ranks)}
-        self._set_up(
-            in_features, out_features, factors, use_bias, dtype, param_dtype, bias_init, implementation, rngs
-        )
+        return {"w1": ((blocks, ranks, p), 1 / p), "w2": ((blocks, ranks, q), 1 / ranks)}
 
     def _multiply(self, x: jax.Array, *factors: jax.Array) -> jax.Array:
         return monarch_matmul.monarch_matmul(x, *factors, implementation=self.implementation)
@@ -147,31 +155,12 @@ class BlastLinear(_FactoredLinear):
 
     FACTORS = ("u", "s", "v")
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        rank: int,
-        blocks: int = 4,
-        use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        bias_init: nnx.Initializer = _ZEROS,
-        implementation: str | None = None,
-        rngs: nnx.Rngs,
-    ):
-        p, q = _block(in_features, out_features, blocks)
-        _check_rank(rank, min(in_features, out_features))
-        self.rank, self.blocks = rank, blocks
-        factors = {
+    def _shapes(self, p: int, q: int, rank: int, blocks: int) -> dict[str, Any]:
+        return {
             "u": ((blocks, rank, q), 1 / (blocks * rank)),
             "s": ((blocks, blocks, rank), 1.0),
             "v": ((blocks, rank, p), 1 / p),
         }
-        self._set_up(
-            in_features, out_features, factors, use_bias, dtype, param_dtype, bias_init, implementation, rngs
-        )
 
     def _multiply(self, x: jax.Array, *factors: jax.Array) -> jax.Array:
         return blast_matmul.blast_matmul(x, *factors, implementation=self.implementation)
@@ -207,41 +196,14 @@ class LowRankLinear(_FactoredLinear):
 
     FACTORS = ("u", "v")
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        rank: int,
-        use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        bias_init: nnx.Initializer = _ZEROS,
-        implementation: str | None = None,
-        rngs: nnx.Rngs,
-    ):
-        _check_rank(rank, min(in_features, out_features))
-        self.rank, self.blocks = rank, 1
-        factors = {"u": ((rank, out_features), 1 / rank), "v": ((rank, in_features), 1 / in_features)}
-        self._set_up(
-            in_features, out_features, factors, use_bias, dtype, param_dtype, bias_init, implementation, rngs
-        )
+    def __init__(self, in_features: int, out_features: int, *, rank: int, rngs: nnx.Rngs, **options: Any):
+        super().__init__(in_features, out_features, rank=rank, blocks=1, rngs=rngs, **options)
+
+    def _shapes(self, p: int, q: int, rank: int, blocks: int) -> dict[str, Any]:
+        return {"u": ((rank, q), 1 / rank), "v": ((rank, p), 1 / p)}
 
     def _multiply(self, x: jax.Array, *factors: jax.Array) -> jax.Array:
         return low_rank_matmul.low_rank_matmul(x, *factors, implementation=self.implementation)
 
     def _to_dense(self, *factors: jax.Array) -> jax.Array:
         return low_rank_matmul.to_dense(*factors)
-
-
-def _block(in_features: int, out_features: int, blocks: int) -> tuple[int, int]:
-    if blocks < 1 or in_features % blocks or out_features % blocks:
-        raise ValueError(
-            f"got {in_features} to {out_features} features, expected multiples of blocks={blocks}"
-        )
-    return in_features // blocks, out_features // blocks
-
-
-def _check_rank(rank: int, full: int) -> None:
-    if not 1 <= rank <= full:
-        raise ValueError(f"got {rank=}, expected 1 to {full}, the rank of a full block")

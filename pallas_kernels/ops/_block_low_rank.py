@@ -13,6 +13,7 @@ import numpy as np
 
 from pallas_kernels import dispatch, lowering
 from pallas_kernels.baselines import Contestant, Prepare, of_jax
+from pallas_kernels.blocks import Blocks
 from pallas_kernels.dispatch import Launcher
 from pallas_kernels.operators import Case
 
@@ -101,6 +102,39 @@ def exact(x: jax.Array) -> dict[str, Any]:
         "preferred_element_type": wide,
         "precision": jax.lax.Precision.HIGHEST if x.dtype == wide else None,
     }
+
+
+# Pairs of blocks beyond which a CPU's program of one product a block takes too long to compile.
+MOST_PAIRS = 1024
+
+
+def by_platform(
+    blocks: Blocks, batched: Callable[..., Any], on_cpu: Callable[..., Any]
+) -> Callable[..., Any]:
+    """XLA's implementation: on a CPU one product a block, because it runs batched ones on one core, or slowly."""
+    if blocks.b1 * blocks.b2 > MOST_PAIRS:
+        return batched
+    return lambda *arrays: jax.lax.platform_dependent(*arrays, cpu=on_cpu, default=batched)
+
+
+def project(x: jax.Array, factor: jax.Array) -> list[jax.Array]:
+    """Of every block of x (n, b p) its product with the transpose of that of the factor (b, r, p), unrounded."""
+    blocks = jnp.split(x, len(factor), 1)
+    return [jnp.dot(b, f.astype(x.dtype).T, **exact(x)) for b, f in zip(blocks, factor, strict=True)]
+
+
+def expand(ranks: Sequence[jax.Array], factor: jax.Array, dtype: Any) -> jax.Array:
+    """The products of ranks (n, r) with the blocks of the factor (b, r, q), as (n, b q)."""
+    pairs = ((y.astype(dtype), f.astype(dtype)) for y, f in zip(ranks, factor, strict=True))
+    return jnp.concatenate([jnp.dot(y, f, **exact(y)) for y, f in pairs], 1).astype(dtype)
+
+
+def outer(ranks: Sequence[jax.Array], x: jax.Array) -> jax.Array:
+    """The sums over tokens of ranks (n, r) by blocks of x (n, b p), as (b, r, p), unrounded."""
+    blocks = jnp.split(x, len(ranks), 1)
+    return jnp.stack(
+        [jnp.dot(y.astype(x.dtype).T, b, **exact(x)) for y, b in zip(ranks, blocks, strict=True)]
+    )
 
 
 def launcher(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -14,11 +14,15 @@ from pallas_kernels.gpu import blast_matmul as gpu
 from pallas_kernels.operators import Case, Operator
 from pallas_kernels.ops._block_low_rank import (
     baselines,
+    by_platform,
     check_arrays,
     exact,
+    expand,
     launcher,
     layers,
+    outer,
     prepared,
+    project,
     rivals,
     timed_layers,
 )
@@ -118,7 +122,9 @@ def _run(kind: str, choice: dispatch.Choice, *arrays: jax.Array) -> Any:
         run = functools.partial(getattr(accelerator, kind), blocks=blocks)
         return launcher(choice, x, why_not, accelerator.slower(len(x), blocks), run)
 
-    return dispatch.run(choice, *arrays, name="blast_matmul", xla=_XLA[kind], tpu=on(tpu), cuda=on(gpu))
+    return dispatch.run(
+        choice, *arrays, name="blast_matmul", xla=by_platform(blocks, *_XLA[kind]), tpu=on(tpu), cuda=on(gpu)
+    )
 
 
 def _multiply_in_xla(x: jax.Array, v: jax.Array, s: jax.Array, u: jax.Array) -> jax.Array:
@@ -147,7 +153,26 @@ def _mixed(s: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum("jkr,knr->jnr", s.astype(y.dtype), y, **exact(y))
 
 
-_XLA = {"multiply": _multiply_in_xla, "gradients": _gradients_in_xla}
+def _multiply_on_cpu(x: jax.Array, v: jax.Array, s: jax.Array, u: jax.Array) -> jax.Array:
+    return expand(_mixed_on_cpu(s, project(x, v)), u, x.dtype)
+
+
+def _gradients_on_cpu(
+    x: jax.Array, g: jax.Array, v: jax.Array, s: jax.Array, u: jax.Array
+) -> tuple[jax.Array, ...]:
+    ys, dzs = project(x, v), project(g, u)
+    ds = jnp.einsum("jnr,knr->jkr", jnp.stack(dzs), jnp.stack(ys), **exact(ys[0]))
+    return outer(_mixed_on_cpu(s.swapaxes(0, 1), dzs), x), ds, outer(_mixed_on_cpu(s, ys), g)
+
+
+def _mixed_on_cpu(s: jax.Array, ys: Sequence[jax.Array]) -> list[jax.Array]:
+    return [functools.reduce(jnp.add, map(jnp.multiply, row.astype(ys[0].dtype), ys)) for row in s]
+
+
+_XLA = {
+    "multiply": (_multiply_in_xla, _multiply_on_cpu),
+    "gradients": (_gradients_in_xla, _gradients_on_cpu),
+}
 
 
 def _check(x: Any, u: Any, s: Any, v: Any) -> None:
