@@ -290,7 +290,7 @@ def test_work_counts_operations_and_bytes():
 @pytest.mark.parametrize("target", ["v5e", "sm_90"])
 @pytest.mark.parametrize("name", ["blast_matmul", "monarch_matmul"])
 def test_what_lies_between_the_factors_is_stated(name, target):
-    """Of the results of a forward pass's kernels, all but the operator's own are intermediate: none where it is fused."""
+    """What a kernel returns is the result, or is for the next product alone."""
     case = OPERATORS[name].compile_cases(False)[1]
     program = jax.jit(function(name, implementation="pallas")).trace(*case.arguments).jaxpr.jaxpr
     (call,) = aot._pallas_calls(program, aot.TARGETS[target])
