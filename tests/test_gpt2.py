@@ -216,12 +216,10 @@ def test_it_learns(method, tokens):
         optimizer.update(model, gradients)
         return value, gradients
 
-    losses = []
-    for _ in range(30):
-        value, gradients = step(model, optimizer)
-        losses.append(float(value))
-    assert abs(losses[0] - math.log(23)) < 0.5 and losses[-1] < 0.3 * losses[0]
-    for path, g in jax.tree.leaves_with_path(gradients):
+    steps = [step(model, optimizer) for _ in range(30)]
+    first, last = float(steps[0][0]), float(steps[-1][0])
+    assert abs(first - math.log(23)) < 0.5 and last < 0.3 * first
+    for path, g in jax.tree.leaves_with_path(steps[0][1]):
         assert np.any(np.asarray(g) != 0), jax.tree_util.keystr(path)
 
 
@@ -256,7 +254,7 @@ def test_bad_arguments_are_refused(model, tokens):
     _, cache = extend(model, tokens, model.cache(2, 10))
     with pytest.raises(ValueError, match="2 tokens after 9, expected at most 10"):
         model.extend(tokens[:, :2], cache)
-    for prompt, length, options, words in (
+    calls: list[tuple[jax.Array, int, dict[str, Any], str]] = [
         (tokens, 4, {}, r"9 \+ 4 tokens, expected at most 12"),
         (tokens[:, :0], 4, {}, r"shape \(2, 0\)"),
         (tokens, 0, {}, "length=0"),
@@ -268,6 +266,7 @@ def test_bad_arguments_are_refused(model, tokens):
             {"temperature": 1.0, "top_k": 24, "key": jax.random.key(0)},
             "top_k=24, expected 1 to 23",
         ),
-    ):
+    ]
+    for prompt, length, options, words in calls:
         with pytest.raises(ValueError, match=words):
             generate(model, prompt, length, **options)
