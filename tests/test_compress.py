@@ -230,7 +230,10 @@ def test_calibration_helps_where_inputs_differ(method, network, random):
         ({"rank": 7}, "rank=7, expected 1 to 6"),
         ({"error": 1.5}, "error=1.5"),
         ({"ratio": 0.5, "blocks": 5}, "blocks.0: 24 to 48 features don't divide into 5 blocks"),
-        ({"ratio": 0.5, "pattern": "encoder.*"}, r"no nnx.Linear matches 'encoder.\*'; there are blocks.0"),
+        (
+            {"ratio": 0.5, "pattern": "encoder.*"},
+            r"no nnx.Linear or nnx.LinearGeneral matches 'encoder.\*'; there are blocks.0",
+        ),
         ({"ratio": 0.5, "calibration": []}, "no activations"),
         ({"ratio": 1.5}, r"blocks.0: got ratio=1.5, expected more than 0, and at most 1"),
     ],
@@ -309,7 +312,9 @@ def test_stacks_and_tuples_of_layers_are_refused():
     def stack(rngs):
         return nnx.Linear(16, 16, rngs=rngs)
 
-    stacked = nnx.Sequential(stack(nnx.Rngs(0).fork(split=3)))
+    rngs = nnx.Rngs(0)
+    with nnx.split_rngs(rngs, splits=3):
+        stacked = nnx.Sequential(stack(rngs))
     with pytest.raises(ValueError, match=r"layers.0: got a kernel of shape \(3, 16, 16\)"):
         compress(stacked, "low_rank", ratio=0.5)
     network = Network()

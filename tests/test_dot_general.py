@@ -36,6 +36,7 @@ def drawn(name, random, inputs=24, outputs=24):
 def dense_twin(layer, kernel):
     """The same layer with a kernel instead."""
     twin = nnx.clone(layer)
+    del twin.dot_general
     twin.dot_general = jax.lax.dot_general
     twin.kernel = nnx.Param(kernel)
     return twin

@@ -259,6 +259,7 @@ def _dense(layer: Any, method: str, factors: Mapping[str, jax.Array]) -> Any:
     matrix = _OPERATORS[method].to_dense(**factors)
     if isinstance(layer, nnx.LinearGeneral):
         dense: Any = nnx.clone(layer)
+        del dense.dot_general  # It was a module; a function is no data to Flax.
         dense.dot_general = jax.lax.dot_general
         dense.kernel = nnx.Param(matrix.reshape(*layer.in_features, *layer.out_features))
         return dense

@@ -23,7 +23,7 @@ PATTERN = "blocks.*"
 BATCH = 64
 # Of the training scans, to choose among RATES of fine-tuning by; the other fifth, for testing, has no part in it.
 VALIDATION = 288
-RATES = (1e-3, 3e-3)
+RATES = (1e-3, 3e-3, 1e-2)
 
 
 @dataclass(frozen=True)
@@ -199,6 +199,7 @@ def _draw(result: Result) -> None:
     from matplotlib.figure import Figure
 
     ink, grey = "#1f2933", "#7b8794"
+    labels = {"monarch": "Monarch", "blast": "BLAST", "low_rank": "low rank"}
     colours = dict(zip(METHODS, ("#2b6cb0", "#dd8a20", "#3f9142"), strict=True))
     dense, *rows = result.rows
     figure = Figure(figsize=(8.4, 5), facecolor="white", dpi=130)
@@ -209,14 +210,16 @@ def _draw(result: Result) -> None:
     for method, colour in colours.items():
         points = sorted((r.parameters, r.before * 100, r.after * 100) for r in rows if r.method == method)
         sizes, before, after = zip(*points, strict=True)
-        axes.plot(sizes, after, "o-", color=colour, label=f"{method.replace('_', ' ')}, fine-tuned")
-        axes.plot(sizes, before, "o--", color=colour, alpha=0.5, mfc="white", label="before")
+        axes.plot(sizes, after, "o-", color=colour, label=f"{labels[method]}, fine-tuned")
+        axes.plot(sizes, before, "o--", color=colour, alpha=0.5, mfc="white")
+    axes.plot([], [], "o--", color=grey, alpha=0.5, mfc="white", label="before fine-tuning")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("parameters of the network", color=grey, size=9)
     axes.set_ylabel("test digits that are right, %", color=grey, size=9)
     axes.tick_params(colors=grey, labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#cbd2d9")
-    axes.legend(frameon=False, fontsize=8, labelcolor=ink, ncol=2)
+    axes.legend(frameon=False, fontsize=8, labelcolor=ink)
     figure.text(0.1, 0.93, "A vision transformer on fewer parameters", size=14, weight="bold", color=ink)
     figure.text(
         0.1, 0.88, f"Dense: {dense.after:.1%} with {dense.parameters:,} parameters", size=9.5, color=grey

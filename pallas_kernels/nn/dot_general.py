@@ -85,4 +85,4 @@ class DotGeneral(nnx.Module):
                 f"got factors for {outputs} outputs, expected those of a kernel of {kernel.shape}"
             )
         layer.kernel = nnx.Param(jnp.zeros((0,) * inputs + kernel.shape[inputs:], kernel.dtype))
-        layer.dot_general = self
+        layer.dot_general = nnx.data(self)
