@@ -1,6 +1,7 @@
 """What became of a network that was compressed: parameters, operations, bytes and errors."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -81,5 +82,10 @@ class Report:
         total = (f"{self.parameters:,}", f"{self.ratio:.0%}", f"{2 * self.parameters:,}")
         size = f"{sum(a.bytes for a in self.layers):,}"
         rows.append(("all", "", "", "", *total, size, f"{self.relative_error:.4f}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        return table(rows)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Lines of columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
