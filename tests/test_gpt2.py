@@ -56,7 +56,7 @@ def count(model):
     ("name", "parameters"),
     [
         ("gpt2", 124_439_808),
-        ("gpt2_medium", 354_823_168),
+        pytest.param("gpt2_medium", 354_823_168, marks=pytest.mark.slow),
         pytest.param("gpt2_large", 774_030_080, marks=pytest.mark.slow),
         pytest.param("gpt2_xl", 1_557_611_200, marks=pytest.mark.slow),
     ],

@@ -85,17 +85,9 @@ def compress(
     with Progress(len(found), "compress") as progress:
         for path, linear in found.items():
             scale = weights.get(path, np.ones((1, 1)))
-            matrix = _matrix(linear) * scale
-            r = ranks[path] or factorization.least_rank(matrix, method, blocks, error or 0.0)
-            factors = factorization.factorize(matrix, method, rank=r, blocks=blocks)
-            dtype = linear.kernel[...].dtype
-            unscaled = {
-                k: jnp.asarray(f, dtype) for k, f in factorization.scale_inputs(factors, 1 / scale).items()
-            }
-            stored = {k: np.asarray(f, np.float64) for k, f in unscaled.items()}
-            difference = matrix - factorization.to_dense(stored) * scale
-            replaced[path] = _factored(linear, method, unscaled)
-            rows.append(_report(path, method, unscaled, matrix, difference))
+            r = ranks[path] or factorization.least_rank(_matrix(linear) * scale, method, blocks, error or 0.0)
+            replaced[path], row = _approximated(path, linear, method, r, blocks, scale)
+            rows.append(row)
             progress.advance(path)
     return _copy_with(model, replaced), Report(tuple(rows))
 
@@ -233,6 +225,30 @@ def _rank(linear: Any, method: str, blocks: int, ratio: float | None, rank: int 
     return rank
 
 
+def _approximated(
+    path: str, linear: Any, method: str, rank: int, blocks: int, scale: np.ndarray
+) -> tuple[Any, LayerReport]:
+    """A layer with the nearest matrix, where errors count in proportion to `scale`, a number for each input."""
+    matrix, dtype = _matrix(linear) * scale, linear.kernel[...].dtype
+    nearest = factorization.factorize(matrix, method, rank=rank, blocks=blocks)
+    factors = {k: jnp.asarray(f, dtype) for k, f in factorization.scale_inputs(nearest, 1 / scale).items()}
+    stored = {k: np.asarray(f, np.float64) for k, f in factors.items()}
+    norm = float(np.linalg.norm(matrix))
+    report = LayerReport(
+        path=path,
+        method=method,
+        rank=rank,
+        blocks=blocks,
+        parameters=sum(f.size for f in factors.values()),
+        dense_parameters=matrix.size,
+        bytes=sum(f.nbytes for f in factors.values()),
+        dense_bytes=matrix.size * dtype.itemsize,
+        relative_error=float(np.linalg.norm(matrix - factorization.to_dense(stored) * scale)) / (norm or 1.0),
+        squared_norm=norm**2,
+    )
+    return _factored(linear, method, factors), report
+
+
 def _factored(linear: Any, method: str, factors: Mapping[str, jax.Array]) -> Any:
     """In place of a dense layer, with its bias."""
     if isinstance(linear, nnx.LinearGeneral):
@@ -270,25 +286,6 @@ def _dense(layer: Any, method: str, factors: Mapping[str, jax.Array]) -> Any:
     if layer.bias is not None:
         dense.bias = nnx.Param(layer.bias[...])
     return dense
-
-
-def _report(
-    path: str, method: str, factors: Mapping[str, Any], matrix: np.ndarray, difference: np.ndarray
-) -> LayerReport:
-    rank, blocks = factorization.rank_and_blocks(factors)
-    norm = float(np.linalg.norm(matrix))
-    return LayerReport(
-        path=path,
-        method=method,
-        rank=rank,
-        blocks=blocks,
-        parameters=sum(f.size for f in factors.values()),
-        dense_parameters=matrix.size,
-        bytes=sum(f.nbytes for f in factors.values()),
-        dense_bytes=matrix.size * next(iter(factors.values())).dtype.itemsize,
-        relative_error=float(np.linalg.norm(difference)) / (norm or 1.0),
-        squared_norm=norm**2,
-    )
 
 
 class _Observed(nnx.Module):
