@@ -41,6 +41,9 @@ class Operator:
     compile_cases: calls at the shapes of real models; given `full=False`, a subset that covers every code path.
     bench_cases: calls that are timed.
     baselines: other people's implementations of the same call, by name; those that can't run a case return None.
+    family: a name for this operator and its kin together.
+    contestant: how it is timed, where that is not `function` of a case's arguments alone.
+    tolerance: what timed results may be off by, relative to their root mean square; None goes by their dtype.
     """
 
     name: str
@@ -50,6 +53,9 @@ class Operator:
     compile_cases: Callable[[bool], list[Case]]
     bench_cases: Callable[[], list[Case]]
     baselines: Mapping[str, Callable[[Case], Callable[..., Any] | None]] = field(default_factory=dict)
+    family: str = ""
+    contestant: Callable[[Case], Callable[..., Any]] | None = None
+    tolerance: float | None = None
 
 
 def operators() -> dict[str, Operator]:
@@ -60,3 +66,10 @@ def operators() -> dict[str, Operator]:
         importlib.import_module(f"{ops.__name__}.{m.name}") for m in pkgutil.iter_modules(ops.__path__)
     )
     return {m.OPERATOR.name: m.OPERATOR for m in modules if hasattr(m, "OPERATOR")}
+
+
+def benchmarks() -> dict[str, Operator]:
+    """Every operator, and what is made of several and timed as one."""
+    from pallas_kernels.he._benchmark import BENCHMARK
+
+    return {**operators(), BENCHMARK.name: BENCHMARK}
