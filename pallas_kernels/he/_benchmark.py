@@ -22,7 +22,7 @@ def _ours(case: Case) -> Prepare:
         product = jax.jit(lambda x, y, keys: ckks.relinearise(ckks.multiply(x, y), keys))
 
         def to_numpy(z: ckks.Ciphertext) -> list[np.ndarray]:
-            return [ckks.decode(ckks.decrypt(z, secret), p).real]
+            return [np.real(ckks.decode(ckks.decrypt(z, secret), p))]
 
         return Contestant(lambda: jax.block_until_ready(product(x, y, keys)), lambda: None, to_numpy)
 
