@@ -274,6 +274,7 @@ def test_errors_at_sizes_that_are_used(n, depth, allow_insecure):
     assert np.abs(ckks.decode(ckks.decrypt(x, forced), s.p) - power).max() > 1
 
 
+@pytest.mark.slow
 def test_64_bit_types_change_nothing(small):
     v, w = small.vector(), small.vector()
     x, y = small.encrypt(v), small.encrypt(w)
