@@ -60,6 +60,8 @@ def list(pattern: str = "*") -> tuple[str, ...]:
 @functools.cache
 def _registry() -> dict[str, Callable[..., nnx.Module]]:
     families = (
-        importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)
+        importlib.import_module(f"{__name__}.{module.name}")
+        for module in pkgutil.iter_modules(__path__)
+        if not module.name.startswith("_")
     )
     return {name: make for family in families for name, make in family.MODELS.items()}

@@ -8,15 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.nn import BlastLinear, LowRankLinear, MonarchLinear
+from pallas_kernels.models._linear import choose, layers, named
 
 _INIT = nnx.initializers.truncated_normal(0.02)
-# (rank, blocks) of the published ViT-B/16 that is trained from scratch: arXiv:2512.20861, table 3.
-_PRESETS: dict[str, Callable[..., nnx.Module]] = {
-    "monarch": functools.partial(MonarchLinear, rank=32, blocks=4),
-    "blast": functools.partial(BlastLinear, rank=128, blocks=3),
-    "low_rank": functools.partial(LowRankLinear, rank=128),
-}
+# Those of the published ViT-B/16 that is trained from scratch: arXiv:2512.20861, table 3.
+_LINEAR = layers(_INIT, 128, monarch=4, blast=3)
 
 
 class VisionTransformer(nnx.Module):
@@ -82,7 +78,7 @@ class VisionTransformer(nnx.Module):
         tokens = (image_size // patch_size) ** 2 + 1
         self.cls_token = nnx.Param(_INIT(rngs.params(), (1, 1, features), param_dtype))
         self.pos_embed = nnx.Param(_INIT(rngs.params(), (1, tokens, features), param_dtype))
-        make = _linear(linear)
+        make = choose(linear, _LINEAR)
         self.blocks = nnx.data([_Block(features, heads, make, norm, options) for _ in range(depth)])
         self.norm = norm()
         self.head = nnx.Linear(features, num_classes, kernel_init=_INIT, **options)
@@ -150,24 +146,9 @@ class _Perceptron(nnx.Module):
         return self.fc2(nnx.gelu(self.fc1(x), approximate=False))
 
 
-def _linear(linear: str | Callable[..., nnx.Module]) -> Callable[..., nnx.Module]:
-    if not isinstance(linear, str):
-        return linear
-    known = {"dense": functools.partial(nnx.Linear, kernel_init=_INIT), **_PRESETS}
-    if linear not in known:
-        raise ValueError(f"got {linear=}, expected one of {', '.join(known)} or a function")
-    return known[linear]
-
-
-_BASE = {"depth": 12, "features": 768, "heads": 12}
-
 MODELS = {
     "vit_tiny": functools.partial(VisionTransformer, 32, 8, depth=2, features=64, heads=4),
     "vit_tiny_patch16_224": functools.partial(VisionTransformer, depth=12, features=192, heads=3),
     "vit_small_patch16_224": functools.partial(VisionTransformer, depth=12, features=384, heads=6),
-    "vit_base_patch16_224": functools.partial(VisionTransformer, **_BASE),
-    **{
-        f"vit_base_patch16_224_{linear}": functools.partial(VisionTransformer, **_BASE, linear=linear)
-        for linear in _PRESETS
-    },
+    **named("vit_base_patch16_224", functools.partial(VisionTransformer, depth=12, features=768, heads=12)),
 }

@@ -2,10 +2,15 @@
 
 import itertools
 import json
+from typing import Any
 
 import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from pallas_kernels import cli
+from pallas_kernels.gpu import _depthwise_conv_triton as baseline
 from pallas_kernels.operators import operators
 
 KERNELS = {
@@ -49,3 +54,18 @@ def test_every_kernel_compiles(name: str, target: str, capsys: pytest.CaptureFix
     for kernel in kernels:
         assert not kernel["spill_bytes"]
         assert kernel["memory_bytes"] is None or kernel["memory_bytes"] <= kernel["memory_limit"]
+
+
+@pytest.mark.parametrize(
+    "kernel, sizes", [(baseline.correlate, {"flipped": True}), (baseline.correlate_gradient, {"rows": 448})]
+)
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
+def test_the_triton_baseline_compiles(kernel: Any, sizes: dict[str, int]) -> None:
+    sizes = sizes | {"height": 56, "width": 56, "channels": 96, "kernel_height": 13, "kernel_width": 13}
+    sizes |= {"block_w": baseline.COLUMNS, "block_c": 64}
+    jitted = baseline.jit(kernel)
+    signature = {name: "constexpr" if name in sizes else "*fp32" for name in jitted.arg_names}
+    constants = {(jitted.arg_names.index(name),): value for name, value in sizes.items()}
+    source = ASTSource(jitted, signature, constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": 4})
+    assert compiled.asm["cubin"]

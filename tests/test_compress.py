@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pallas_kernels import compress as compression
 from pallas_kernels.compress import compress, factorize, load, restore, save
+from pallas_kernels.compress.factors import expanded, to_dense
 from pallas_kernels.nn import BlastLinear, LowRankLinear, MonarchLinear
 
 METHODS = ("blast", "low_rank", "monarch")
@@ -42,13 +42,9 @@ def network():
     return model
 
 
-def dense(factors):
-    return compression._to_dense(factors)
-
-
 def error(w, method, rank, blocks=4, **options):
     factors = factorize(w, method, rank=rank, blocks=blocks, **options)
-    return np.linalg.norm(w - dense(factors)) / np.linalg.norm(w)
+    return np.linalg.norm(w - to_dense(factors)) / np.linalg.norm(w)
 
 
 # Layers
@@ -118,17 +114,17 @@ def test_the_error_is_what_singular_values_leave_out(random):
 def test_projections_are_idempotent_and_no_neighbour_is_nearer(method, random):
     w = random.normal(size=(16, 24))
     factors = factorize(w, method, rank=2, blocks=4)
-    projected = dense(factors)
+    projected = to_dense(factors)
     assert error(projected, method, 2) < 1e-12
     best = np.linalg.norm(w - projected)
     for _ in range(50):
         moved = {k: f + 1e-3 * random.normal(size=f.shape) for k, f in factors.items()}
-        assert np.linalg.norm(w - dense(moved)) > best
+        assert np.linalg.norm(w - to_dense(moved)) > best
 
 
 def test_a_blast_matrix_of_a_third_of_the_rank_is_found_from_anywhere(random):
     u, s, v = (random.normal(size=shape) for shape in ((4, 4, 16), (4, 4, 4), (4, 4, 12)))
-    w = compression._expanded(u, s, v).transpose(1, 3, 0, 2).reshape(48, 64)
+    w = expanded(u, s, v).transpose(1, 3, 0, 2).reshape(48, 64)
     for seed in range(3):
         assert error(w, "blast", 12, steps=300, seed=seed) < 1e-10
 
@@ -139,7 +135,7 @@ def test_blast_is_no_worse_than_low_rank_and_monarch_of_its_size(kind, random):
     if kind == "low rank and noise":
         w = random.normal(size=(32, 4)) @ random.normal(size=(4, 48)) + 0.1 * w
     if kind == "monarch":
-        w = dense(factorize(w, "monarch", rank=2, blocks=4))
+        w = to_dense(factorize(w, "monarch", rank=2, blocks=4))
     others = error(w, "low_rank", 8), error(w, "monarch", 2)
     errors = [error(w, "blast", 8, steps=steps) for steps in (0, 1, 5, 20)]
     assert errors[0] <= min(others) + 1e-12
@@ -148,9 +144,16 @@ def test_blast_is_no_worse_than_low_rank_and_monarch_of_its_size(kind, random):
         assert errors[-1] < 0.95 * min(others)
 
 
+def test_blast_uses_the_ranks_that_its_start_leaves_over(random):
+    w = to_dense(factorize(random.normal(size=(32, 48)), "monarch", rank=2, blocks=4))
+    w = w + random.normal(size=(32, 1)) @ random.normal(size=(1, 48)) / 50
+    assert error(w, "blast", 11, steps=0) < 0.9 * error(w, "blast", 8, steps=0)
+    assert error(w, "blast", 11, steps=0) <= min(error(w, "low_rank", 11), error(w, "monarch", 2)) + 1e-12
+
+
 def test_blast_scales_with_its_matrix(random):
     w = random.normal(size=(16, 24))
-    one, four = (dense(factorize(c * w, "blast", rank=6, blocks=4)) for c in (1, 4))
+    one, four = (to_dense(factorize(c * w, "blast", rank=6, blocks=4)) for c in (1, 4))
     np.testing.assert_allclose(four, 4 * one, rtol=1e-9)
 
 
@@ -227,8 +230,12 @@ def test_calibration_helps_where_inputs_differ(method, network, random):
         ({"rank": 7}, "rank=7, expected 1 to 6"),
         ({"error": 1.5}, "error=1.5"),
         ({"ratio": 0.5, "blocks": 5}, "blocks.0: 24 to 48 features don't divide into 5 blocks"),
-        ({"ratio": 0.5, "pattern": "encoder.*"}, r"no nnx.Linear matches 'encoder.\*'; there are blocks.0"),
+        (
+            {"ratio": 0.5, "pattern": "encoder.*"},
+            r"no nnx.Linear or nnx.LinearGeneral matches 'encoder.\*'; there are blocks.0",
+        ),
         ({"ratio": 0.5, "calibration": []}, "no activations"),
+        ({"ratio": 1.5}, r"blocks.0: got ratio=1.5, expected more than 0, and at most 1"),
     ],
 )
 def test_bad_budgets_are_refused_and_the_network_is_left_alone(options, words, network):
@@ -237,6 +244,103 @@ def test_bad_budgets_are_refused_and_the_network_is_left_alone(options, words, n
         compress(network, **options)
     jax.tree.map(np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(network, nnx.Param)))
     assert type(network.head) is nnx.Linear
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": "monarch", "rank": 0, "blocks": 4}, "rank=0, expected 1 to 4"),
+        ({"method": "blast", "rank": 17, "blocks": 4}, "rank=17, expected 1 to 16"),
+        ({"method": "monarch", "rank": 1, "blocks": 5}, "16 to 24 features don't divide into 5 blocks"),
+        ({"method": "svd", "rank": 1}, "'svd', expected one of"),
+    ],
+)
+def test_what_does_not_factor_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        factorize(np.ones((16, 24)), **options)
+
+
+class Holder(nnx.Module):
+    """Layers in all sorts of places, one of them twice, one in attention, and one that only looks like a layer."""
+
+    def __init__(self, seed: int = 0):
+        rngs = nnx.Rngs(seed)
+        self.named = nnx.data({"a": nnx.Linear(16, 16, rngs=rngs)})
+        self.nested = nnx.data([{"b": [nnx.Linear(16, 16, rngs=rngs)]}])
+        self.sequential = nnx.Sequential(nnx.Linear(16, 16, rngs=rngs), nnx.relu)
+        self.again = self.sequential.layers[0]
+        self.lora = nnx.LoRALinear(16, 16, lora_rank=2, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(4, 16, decode=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.nested[0]["b"][0](self.named["a"](x))
+        return self.attention(self.lora(self.again(self.sequential(x))))
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [("blast", "network"), ("low_rank", "network.safetensors"), ("monarch", "network")]
+)
+def test_layers_are_found_wherever_they_are(method, name, random, tmp_path):
+    path = tmp_path / name
+    model, x = Holder(), jnp.asarray(random.normal(size=(3, 5, 16)), jnp.float32)
+    before = np.asarray(model(x))
+    small, report = compress(model, method, ratio=0.75, blocks=2)
+    attention = [f"attention.{part}" for part in ("key", "out", "query", "value")]
+    assert {layer.path for layer in report.layers} >= {"named.a", "nested.0.b.0", *attention}
+    assert len(report.layers) == 7
+    assert small.again is small.sequential.layers[0] and type(small.again) is MAKE[method]
+    assert small.attention.query.kernel.shape == (0, 4, 4)
+    assert nnx.state(small, nnx.Param)["attention"]["query"]["dot_general"]
+    dense = restore(small)
+    assert type(dense.attention.query) is nnx.LinearGeneral and dense.attention.query.kernel.shape == (
+        16,
+        4,
+        4,
+    )
+    np.testing.assert_allclose(dense(x), small(x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(model(x), before)
+    assert not np.allclose(small(x), before)
+    save(small, path)
+    np.testing.assert_array_equal(load(Holder(seed=1), path)(x), small(x))
+
+
+def test_full_ranks_of_attention_change_nothing(random):
+    model, x = Holder(), jnp.asarray(random.normal(size=(3, 5, 16)), jnp.float32)
+    small, _ = compress(model, "monarch", rank=8, blocks=2, calibration=[x])
+    np.testing.assert_allclose(small(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_stacks_and_tuples_of_layers_are_refused():
+    @nnx.vmap
+    def stack(rngs):
+        return nnx.Linear(16, 16, rngs=rngs)
+
+    rngs = nnx.Rngs(0)
+    with nnx.split_rngs(rngs, splits=3):
+        stacked = nnx.Sequential(stack(rngs))
+    with pytest.raises(ValueError, match=r"layers.0: got a kernel of shape \(3, 16, 16\)"):
+        compress(stacked, "low_rank", ratio=0.5)
+    network = Network()
+    network.blocks = nnx.data(tuple(network.blocks))
+    with pytest.raises(ValueError, match="a tuple of layers at blocks, expected a list"):
+        compress(network, "low_rank", ratio=0.5)
+
+
+def test_the_error_is_that_of_the_factors_as_they_are_stored(random):
+    model = nnx.Sequential(nnx.Linear(16, 24, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    small, report = compress(model, "low_rank", rank=16)
+    w, factors = (np.asarray(a, np.float64) for a in (model.layers[0].kernel[...], small.layers[0].u[...]))
+    near = np.asarray(small.layers[0].v[...], np.float64).T @ factors
+    assert report.relative_error == pytest.approx(np.linalg.norm(w - near) / np.linalg.norm(w), rel=1e-6)
+    assert report.relative_error > 1e-4
+
+
+def test_calibration_leaves_dropout_out(random):
+    model = nnx.Sequential(nnx.Dropout(0.9, rngs=nnx.Rngs(0)), nnx.Linear(16, 24, rngs=nnx.Rngs(0)))
+    x = jnp.asarray(random.normal(size=(32, 16)), jnp.float32)
+    training = compress(model, "low_rank", rank=3, calibration=[x])[1]
+    model.eval()
+    assert training == compress(model, "low_rank", rank=3, calibration=[x])[1]
 
 
 def test_a_network_that_was_not_compressed_is_not_restored(network):

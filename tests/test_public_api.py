@@ -12,7 +12,7 @@ import pytest
 import pallas_kernels as pk
 from pallas_kernels import aot, bench, compress, he, models, nn, testing
 from pallas_kernels.he import ckks, ring, rns
-from pallas_kernels.models import unireplknet
+from pallas_kernels.models import gpt2, unireplknet
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +25,7 @@ def test_public_names(module: ModuleType) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [pk, nn, he, ckks, ring, rns, compress, models, unireplknet, aot, bench, testing],
+    [pk, nn, he, ckks, ring, rns, compress, models, gpt2, unireplknet, aot, bench, testing],
     ids=lambda m: m.__name__,
 )
 def test_public_functions_and_classes_have_docstrings(module: ModuleType) -> None:

@@ -1,6 +1,7 @@
-"""Depthwise convolution as XLA and PyTorch have it, to be timed beside ours."""
+"""Depthwise convolution as XLA, PyTorch and a plain Triton kernel have it, to be timed beside ours."""
 
 import importlib.metadata
+import importlib.util
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ def baselines(geometry: Geometry) -> Mapping[str, Callable[[Case], Prepare | Non
 
         return of_case
 
-    return {"lax.conv_general_dilated": run(_lax), _torch_name(): run(_torch)}
+    return {"lax.conv_general_dilated": run(_lax), "jax-triton": run(_triton), _torch_name(): run(_torch)}
 
 
 def _lax(case: Case, strides: Any, padding: Any, dilation: Any) -> Prepare:
@@ -43,6 +44,18 @@ def _lax(case: Case, strides: Any, padding: Any, dilation: Any) -> Prepare:
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=x.shape[-1],
         )
+
+    return of_jax(convolve, case)
+
+
+def _triton(case: Case, strides: Any, padding: Any, dilation: Any) -> Prepare | None:
+    kernel = case.arguments[1].shape[:2]
+    same = tuple((k // 2, k // 2) for k in kernel if k % 2)
+    if (strides, padding, dilation) != ((1, 1), same, (1, 1)) or jax.default_backend() != "gpu":
+        return None
+    if importlib.util.find_spec("jax_triton") is None:
+        return None
+    from pallas_kernels.gpu._depthwise_conv_triton import convolve
 
     return of_jax(convolve, case)
 

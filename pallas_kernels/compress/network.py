@@ -1,0 +1,323 @@
+"""Networks whose dense layers are replaced by those of smaller matrices, and back."""
+
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pallas_kernels.compress import factors as factorization
+from pallas_kernels.compress.report import LayerReport, Report
+from pallas_kernels.nn import BlastLinear, DotGeneral, LowRankLinear, MonarchLinear
+from pallas_kernels.ops import blast_matmul, low_rank_matmul, monarch_matmul
+from pallas_kernels.progress import Progress
+
+LAYERS = {"monarch": MonarchLinear, "blast": BlastLinear, "low_rank": LowRankLinear}
+_OPERATORS = {"monarch": monarch_matmul, "blast": blast_matmul, "low_rank": low_rank_matmul}
+_PRODUCTS = {method: getattr(operator, f"{method}_matmul") for method, operator in _OPERATORS.items()}
+
+
+def compress(
+    model: nnx.Module,
+    method: str = "monarch",
+    *,
+    ratio: float | None = None,
+    rank: int | None = None,
+    error: float | None = None,
+    blocks: int = 4,
+    pattern: str | Sequence[str] = "*",
+    calibration: Iterable[Any] | None = None,
+) -> tuple[nnx.Module, Report]:
+    """A copy of a network whose linear layers have smaller matrices.
+
+    Each matrix is replaced by the nearest one of its kind that the budget allows: for low rank and Monarch by singular
+    values, which is optimal; for BLAST by a descent that starts from the better of these two, of as many ranks, and
+    never gets worse. `nnx.Linear` becomes a layer of `pallas_kernels.nn`; `nnx.LinearGeneral`, of which
+    `nnx.MultiHeadAttention` is made, gets factors by `pallas_kernels.nn.DotGeneral`.
+
+    Args:
+      model: any network of such layers. It is left as it is.
+      method: "monarch", "blast" or "low_rank".
+      ratio: parameters to keep of each matrix, 0 to 1. Give one of ratio, rank and error.
+      rank: as in the layers' classes: of a block for Monarch, of the matrix else.
+      error: the largest relative error of a matrix, in the Frobenius norm.
+      blocks: along each side of a matrix; without a part in "low_rank".
+      pattern: which layers, by their path such as "blocks.0.mlp.fc1", with `*` and `?` as in a shell; or several.
+      calibration: batches that `model` takes. Then errors are weighted by the root mean square of the activations
+        that each input of a layer has.
+
+    Returns:
+      The compressed network, whose layers hold factors in the dtype of their matrices, and a report.
+
+    Raises:
+      ValueError: not one budget; no layer matches; features that don't divide into blocks; a budget that allows
+        no rank at all, or a rank above that of a full block; a stack of matrices, or a layer in a tuple.
+
+    Example:
+      >>> from flax import nnx
+      >>> from pallas_kernels.compress import compress
+      >>> model = nnx.Sequential(nnx.Linear(64, 128, rngs=nnx.Rngs(0)), nnx.relu)
+      >>> small, report = compress(model, "low_rank", ratio=0.5)
+      >>> report.parameters, report.dense_parameters
+      (4032, 8192)
+
+    Sources: Dao et al., Monarch, arXiv:2204.00595, section 3.2; Lee et al., BLAST, arXiv:2410.21262, section 3.2.
+    """
+    if sum(budget is not None for budget in (ratio, rank, error)) != 1:
+        raise ValueError(f"got {ratio=}, {rank=}, {error=}, expected one of them")
+    if error is not None and not 0 <= error < 1:
+        raise ValueError(f"got {error=}, expected 0 or more, and less than 1")
+    blocks = 1 if method == "low_rank" else blocks
+    found = _matching(model, pattern)
+    ranks = {}
+    for path, linear in found.items():
+        try:
+            ranks[path] = _rank(linear, method, blocks, ratio, rank)
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
+    weights = _activations(model, found, calibration) if calibration is not None else {}
+
+    replaced, rows = {}, []
+    with Progress(len(found), "compress") as progress:
+        for path, linear in found.items():
+            scale = weights.get(path, np.ones((1, 1)))
+            r = ranks[path] or factorization.least_rank(_matrix(linear) * scale, method, blocks, error or 0.0)
+            replaced[path], row = _approximated(path, linear, method, r, blocks, scale)
+            rows.append(row)
+            progress.advance(path)
+    return _copy_with(model, replaced), Report(tuple(rows))
+
+
+def restore(model: nnx.Module) -> nnx.Module:
+    """A copy of a compressed network with dense layers again, which compute the same.
+
+    Raises:
+      ValueError: there is no compressed layer.
+    """
+    found = _compressed(model)
+    if not found:
+        raise ValueError("got a network without a compressed layer")
+    return _copy_with(model, {path: _dense(*parts) for path, parts in found.items()})
+
+
+def configuration(model: nnx.Module) -> dict[str, dict[str, Any]]:
+    """Of each compressed layer what `with_layers` needs, by path."""
+    found = {}
+    for path, (layer, method, factors) in _compressed(model).items():
+        rank, blocks = factorization.rank_and_blocks(factors)
+        found[path] = {"method": method, "features": _features(layer), "rank": rank, "blocks": blocks}
+    return found
+
+
+def with_layers(model: nnx.Module, layers: Mapping[str, Mapping[str, Any]]) -> nnx.Module:
+    """A copy of a dense network with compressed layers of zeros.
+
+    Raises:
+      ValueError: it has no such dense layer; the message goes on from "... has".
+    """
+    linears: dict[str, Any] = _linears(model)
+    replaced = {}
+    for path, layer in layers.items():
+        features = _features(linears[path]) if path in linears else None
+        if features != layer["features"]:
+            raise ValueError(f"a layer {path} of {layer['features']} features, the network has {features}")
+        inputs, outputs = layer["features"]
+        shapes = factorization.shapes(layer["method"], inputs, outputs, layer["rank"], layer["blocks"])
+        dtype = linears[path].kernel[...].dtype
+        zeros = {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
+        replaced[path] = _factored(linears[path], layer["method"], zeros)
+    return _copy_with(model, replaced)
+
+
+def _linears(model: nnx.Module) -> dict[str, Any]:
+    """Layers that multiply by their kernel, and do nothing else: subclasses may."""
+    return {
+        path: m
+        for path, m in _modules(model, (nnx.Linear, nnx.LinearGeneral)).items()
+        if type(m) in (nnx.Linear, nnx.LinearGeneral)
+        and m.dot_general in (None, jax.lax.dot_general)
+        and getattr(m, "dot_general_cls", None) is None
+    }
+
+
+def _compressed(model: nnx.Module) -> dict[str, tuple[Any, str, dict[str, jax.Array]]]:
+    """Of each compressed layer itself, how it was compressed, and its factors."""
+    found = {}
+    for method, kind in LAYERS.items():
+        for path, layer in _modules(model, kind).items():
+            found[path] = layer, method, {name: getattr(layer, name)[...] for name in layer.FACTORS}
+    methods = {product: method for method, product in _PRODUCTS.items()}
+    for path, layer in _modules(model, nnx.LinearGeneral).items():
+        hook = layer.dot_general
+        if isinstance(hook, DotGeneral) and hook.product in methods:
+            factors = {name: getattr(hook, name)[...] for name in hook.names}
+            found[path] = layer, methods[hook.product], factors
+    return found
+
+
+def _modules(model: nnx.Module, kinds: Any) -> dict[str, Any]:
+    return {".".join(map(str, path)): m for path, m in nnx.iter_graph(model) if isinstance(m, kinds)}
+
+
+def _matching(model: nnx.Module, pattern: str | Sequence[str]) -> dict[str, Any]:
+    found, patterns = _linears(model), [pattern] if isinstance(pattern, str) else list(pattern)
+    chosen = {path: m for path, m in found.items() if any(fnmatch.fnmatchcase(path, p) for p in patterns)}
+    if not chosen:
+        raise ValueError(
+            f"no nnx.Linear or nnx.LinearGeneral matches {pattern!r}; there are {', '.join(found) or 'none'}"
+        )
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, tuple) and any(linear is part for linear in chosen.values() for part in node):
+            raise ValueError(f"got a tuple of layers at {'.'.join(map(str, path))}, expected a list")
+    return chosen
+
+
+def _copy_with(model: nnx.Module, layers: Mapping[str, Any]) -> nnx.Module:
+    """The layers at these paths are others, and wherever else the network shares them."""
+    copy = nnx.clone(model)
+    old = _modules(copy, nnx.Module)
+    new = {id(old[path]): layer for path, layer in layers.items()}
+    if id(copy) in new:
+        return new[id(copy)]
+    for _, node in list(nnx.iter_graph(copy)):
+        if isinstance(node, nnx.Module):
+            for name, value in list(vars(node).items()):
+                if id(value) in new:
+                    setattr(node, name, new[id(value)])
+        elif isinstance(node, list | dict):
+            for key, value in enumerate(node) if isinstance(node, list) else list(node.items()):
+                if id(value) in new:
+                    node[key] = new[id(value)]
+    return copy
+
+
+def _features(layer: Any) -> list[int]:
+    """Inputs and outputs of its matrix."""
+    return [int(np.prod(layer.in_features)), int(np.prod(layer.out_features))]
+
+
+def _matrix(linear: Any) -> np.ndarray:
+    return np.asarray(linear.kernel[...], np.float64).reshape(_features(linear))
+
+
+def _rank(linear: Any, method: str, blocks: int, ratio: float | None, rank: int | None) -> int | None:
+    """What the budget allows; None, if that takes the singular values."""
+    inputs, outputs = _features(linear)
+    if linear.kernel[...].size != inputs * outputs:
+        raise ValueError(
+            f"got a kernel of shape {linear.kernel[...].shape}, expected one matrix of {inputs} to {outputs}"
+        )
+    factorization.check(method, inputs, outputs, blocks, rank)
+    if ratio is not None:
+        if not 0 < ratio <= 1:
+            raise ValueError(f"got {ratio=}, expected more than 0, and at most 1")
+        each = factorization.parameters(method, inputs, outputs, 1, blocks)
+        full = factorization.full_rank(method, inputs, outputs, blocks)
+        rank = min(full, math.floor(ratio * inputs * outputs / each))
+        if not rank:
+            raise ValueError(
+                f"{ratio=} leaves {ratio * inputs * outputs:.0f} parameters, and rank 1 takes {each}"
+            )
+    return rank
+
+
+def _approximated(
+    path: str, linear: Any, method: str, rank: int, blocks: int, scale: np.ndarray
+) -> tuple[Any, LayerReport]:
+    """A layer with the nearest matrix, where errors count in proportion to `scale`, a number for each input."""
+    matrix, dtype = _matrix(linear) * scale, linear.kernel[...].dtype
+    nearest = factorization.factorize(matrix, method, rank=rank, blocks=blocks)
+    factors = {k: jnp.asarray(f, dtype) for k, f in factorization.scale_inputs(nearest, 1 / scale).items()}
+    stored = {k: np.asarray(f, np.float64) for k, f in factors.items()}
+    norm = float(np.linalg.norm(matrix))
+    report = LayerReport(
+        path=path,
+        method=method,
+        rank=rank,
+        blocks=blocks,
+        parameters=sum(f.size for f in factors.values()),
+        dense_parameters=matrix.size,
+        bytes=sum(f.nbytes for f in factors.values()),
+        dense_bytes=matrix.size * dtype.itemsize,
+        relative_error=float(np.linalg.norm(matrix - factorization.to_dense(stored) * scale)) / (norm or 1.0),
+        squared_norm=norm**2,
+    )
+    return _factored(linear, method, factors), report
+
+
+def _factored(linear: Any, method: str, factors: Mapping[str, jax.Array]) -> Any:
+    """In place of a dense layer, with its bias."""
+    if isinstance(linear, nnx.LinearGeneral):
+        layer = nnx.clone(linear)
+        DotGeneral(_PRODUCTS[method], **factors).install(layer)
+        return layer
+    rank, blocks = factorization.rank_and_blocks(factors)
+    options = {} if method == "low_rank" else {"blocks": blocks}
+    # Drawing random factors first would take time.
+    layer: Any = nnx.eval_shape(
+        lambda: LAYERS[method](
+            linear.in_features, linear.out_features, rank=rank, use_bias=linear.bias is not None, dtype=linear.dtype,
+            param_dtype=linear.kernel[...].dtype, rngs=nnx.Rngs(0), **options,
+        )
+    )  # fmt: skip
+    for name, factor in factors.items():
+        setattr(layer, name, nnx.Param(factor))
+    if linear.bias is not None:
+        layer.bias = nnx.Param(linear.bias[...])
+    return layer
+
+
+def _dense(layer: Any, method: str, factors: Mapping[str, jax.Array]) -> Any:
+    matrix = _OPERATORS[method].to_dense(**factors)
+    if isinstance(layer, nnx.LinearGeneral):
+        dense: Any = nnx.clone(layer)
+        del dense.dot_general  # It was a module; a function is no data to Flax.
+        dense.dot_general = jax.lax.dot_general
+        dense.kernel = nnx.Param(matrix.reshape(*layer.in_features, *layer.out_features))
+        return dense
+    dense = nnx.Linear(
+        *matrix.shape, use_bias=layer.bias is not None, dtype=layer.dtype, param_dtype=matrix.dtype, rngs=nnx.Rngs(0)
+    )  # fmt: skip
+    dense.kernel = nnx.Param(matrix)
+    if layer.bias is not None:
+        dense.bias = nnx.Param(layer.bias[...])
+    return dense
+
+
+class _Observed(nnx.Module):
+    """A linear layer that sums up the squares of its inputs."""
+
+    def __init__(self, linear: nnx.Linear | nnx.LinearGeneral):
+        self.linear = linear
+        self.squares = nnx.Variable(jnp.zeros(_features(linear)[0]))
+        self.count = nnx.Variable(jnp.zeros(()))
+
+    def __call__(self, x: jax.Array, **options: Any) -> jax.Array:
+        axes = getattr(self.linear, "axis", (-1,))
+        rows = jnp.moveaxis(x, axes, range(-len(axes), 0)).reshape(-1, len(self.squares[...]))
+        self.squares[...] = self.squares[...] + jnp.sum(rows.astype(jnp.float32) ** 2, 0)
+        self.count[...] = self.count[...] + len(rows)
+        return self.linear(x, **options)
+
+
+def _activations(
+    model: nnx.Module, found: Mapping[str, Any], calibration: Iterable[Any]
+) -> dict[str, np.ndarray]:
+    """The root mean square of each input of each layer, as a column; a dead input counts a little."""
+    watched = _copy_with(model, {path: _Observed(nnx.clone(linear)) for path, linear in found.items()})
+    watched.eval()
+    run = nnx.jit(lambda model, batch: model(batch))
+    for batch in calibration:
+        run(watched, batch)
+    weights = {}
+    for path, m in _modules(watched, _Observed).items():
+        count = float(m.count[...])
+        if not count:
+            raise ValueError(f"{path}: got no activations from the calibration batches")
+        rms = np.sqrt(np.asarray(m.squares[...], np.float64) / count)
+        weights[path] = np.maximum(rms, 1e-3 * rms.max() or 1.0)[:, None]
+    return weights
