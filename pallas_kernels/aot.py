@@ -32,7 +32,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from pallas_kernels import _aot_worker
 from pallas_kernels.gpu.targets import GPU, GPUS
-from pallas_kernels.lowering import Work
+from pallas_kernels.lowering import Work, described_kind
 from pallas_kernels.tpu.targets import TPU, TPUS
 
 Target = TPU | GPU
@@ -231,7 +231,8 @@ def _abstract_device(target: Target) -> contextlib.AbstractContextManager[Any]:
     try:
         device = AbstractDevice(device_kind=target.device_kind, num_cores=cores, platform=platform)
     except TypeError:
-        return contextlib.nullcontext()  # JAX 0.7.2 doesn't ask
+        # JAX 0.7.2 doesn't ask, but our own choices do.
+        return described_kind(target.device_kind) if isinstance(target, TPU) else contextlib.nullcontext()
     return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 

@@ -74,7 +74,7 @@ def run(names: list[str], *, out: str | None = None, only: str | None = None) ->
       >>> bench.run(["depthwise_conv"], only="7x7 C768 K7")  # doctest: +SKIP
     """
     plot = _pyplot() if out else None
-    known = operators.operators()
+    known = operators.benchmarks()
     jobs = [(known[n], c) for n in names for c in known[n].bench_cases() if only is None or only in c.name]
     if not jobs:
         raise ValueError(f"no case of {', '.join(names)} has {only!r} in its name")
@@ -98,7 +98,8 @@ def time_case(operator: Operator, case: Case) -> Iterator[Timing]:
     reference = jax.jit(partial(operator.reference, **case.options))
     aval = jax.eval_shape(reference, *case.arguments)
     cotangent = np.random.default_rng(1).normal(size=aval.shape).astype(aval.dtype)
-    contestants = {OURS: of_jax(partial(operator.function, **case.options), case)(arguments, cotangent)}
+    ours = operator.contestant or partial(of_jax, partial(operator.function, **case.options))
+    contestants = {OURS: ours(case)(arguments, cotangent)}
     notes = {}
     for name, of_case in operator.baselines.items():
         prepare = of_case(case)
@@ -107,7 +108,8 @@ def time_case(operator: Operator, case: Case) -> Iterator[Timing]:
         else:
             contestants[name] = prepare(arguments, cotangent)
     passes = PASSES if case.differentiable else PASSES[:1]
-    check = _checker(reference, case, arguments, cotangent)
+    tolerance = operator.tolerance or TOLERANCE.get(case.arguments[0].dtype.name, 0.0)
+    check = _checker(reference, case, arguments, cotangent, tolerance)
     for name, contestant in list(contestants.items()):
         calls = [contestant.forward, contestant.gradients][: len(passes)]
         if problem := next(filter(None, (check(contestant.to_numpy(call())) for call in calls)), ""):
@@ -121,7 +123,11 @@ def time_case(operator: Operator, case: Case) -> Iterator[Timing]:
 
 
 def _checker(
-    reference: Callable[..., jax.Array], case: Case, arguments: list[np.ndarray], cotangent: np.ndarray
+    reference: Callable[..., jax.Array],
+    case: Case,
+    arguments: list[np.ndarray],
+    cotangent: np.ndarray,
+    tolerance: float,
 ) -> Callable[[list[np.ndarray]], str]:
     generator = np.random.default_rng(2)
     directions = [
@@ -135,7 +141,6 @@ def _checker(
 
     truth = np.asarray(reference(*arguments), np.float64)
     slopes = [directional(i, t) for i, t in zip(case.differentiable, directions, strict=True)]
-    tolerance = TOLERANCE.get(case.arguments[0].dtype.name, 0.0)
 
     def check(values: list[np.ndarray]) -> str:
         out, *gradients = (v.astype(np.float64) for v in values)

@@ -12,7 +12,7 @@ import os
 import pkgutil
 import platform
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import jax
 from absl import flags
 
 from pallas_kernels import aot, demos, testing
-from pallas_kernels.operators import Case, Operator, operators
+from pallas_kernels.operators import Case, Operator, benchmarks, operators
 from pallas_kernels.progress import Progress
 
 
@@ -89,9 +89,14 @@ def _known(kind: str, name: str, known: Iterable[str]) -> str:
     raise UsageError(f"unknown {kind} {name!r}: {hint}")
 
 
-def _operators(names: Sequence[str]) -> list[Operator]:
-    every = operators()
-    return [every[_known("operator", name, every)] for name in names or every]
+def _operators(
+    names: Sequence[str], known: Callable[[], Mapping[str, Operator]] | None = None
+) -> list[Operator]:
+    """Those of these names, or of these families."""
+    every = (known or operators)()
+    families = {o.family for o in every.values()} - {""}
+    wanted = [_known("operator", name, [*every, *families]) for name in names or every]
+    return [o for name in wanted for o in every.values() if name in (o.name, o.family)]
 
 
 def _info(_: flags.FlagValues, arguments: list[str]) -> int:
@@ -292,10 +297,11 @@ def _bench(values: flags.FlagValues, names: list[str]) -> int:
     Example:
       pallas-kernels bench
       pallas-kernels bench depthwise_conv --only 56x56 --out times.csv
+      pallas-kernels bench he
     """
     from pallas_kernels import bench
 
-    return bench.run([o.name for o in _operators(names)], out=values.out, only=values.only)
+    return bench.run([o.name for o in _operators(names, benchmarks)], out=values.out, only=values.only)
 
 
 def _demo(values: flags.FlagValues, names: list[str]) -> int:

@@ -43,6 +43,9 @@ class Operator:
     baselines: other people's implementations of the same call, by name; those that can't run a case return None.
     rivals: programs of XLA's for the same job, by name: of a case, a function and its arguments. `compile --rivals`
       holds the kernels' cycles against theirs.
+    family: a name for this operator and its kin together.
+    contestant: how it is timed, where that is not `function` of a case's arguments alone.
+    tolerance: what timed results may be off by, relative to their root mean square; None goes by their dtype.
     """
 
     name: str
@@ -55,6 +58,9 @@ class Operator:
     rivals: Mapping[str, Callable[[Case], tuple[Callable[..., Any], tuple[Any, ...]]]] = field(
         default_factory=dict
     )
+    family: str = ""
+    contestant: Callable[[Case], Callable[..., Any]] | None = None
+    tolerance: float | None = None
 
 
 def operators() -> dict[str, Operator]:
@@ -65,3 +71,10 @@ def operators() -> dict[str, Operator]:
         importlib.import_module(f"{ops.__name__}.{m.name}") for m in pkgutil.iter_modules(ops.__path__)
     )
     return {m.OPERATOR.name: m.OPERATOR for m in modules if hasattr(m, "OPERATOR")}
+
+
+def benchmarks() -> dict[str, Operator]:
+    """Every operator, and what is made of several and timed as one."""
+    from pallas_kernels.he._benchmark import BENCHMARK
+
+    return {**operators(), BENCHMARK.name: BENCHMARK}

@@ -82,6 +82,26 @@ def test_all_right_is_status_0(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bench.run(["scaled"], only="by 3") == 0
 
 
+def test_a_contestant_and_a_tolerance_of_an_operator_s_own() -> None:
+    def off(case: Case) -> Any:
+        return of_jax(lambda x, y: scaled(x, y) * (1 + 2e-6), case)
+
+    ours, same, *_ = bench.time_case(dataclasses.replace(SCALED, contestant=off), SCALED.bench_cases()[0])
+    assert ours.contestant == bench.OURS and not ours.note
+    strict = dataclasses.replace(SCALED, contestant=off, tolerance=1e-9)
+    notes = {row.contestant: row.note for row in bench.time_case(strict, SCALED.bench_cases()[0])}
+    assert notes[bench.OURS].startswith("wrong: result differs") and same.contestant == "the same"
+
+
+@pytest.mark.slow
+def test_encrypted_products_are_right() -> None:
+    from pallas_kernels.he._benchmark import BENCHMARK
+
+    rows = {row.contestant: row for row in bench.time_case(BENCHMARK, BENCHMARK.bench_cases()[0])}
+    assert len(rows) == 2 and rows[bench.OURS].median > 0
+    assert not any(row.note.startswith("wrong") for row in rows.values())
+
+
 def test_no_such_case() -> None:
     with pytest.raises(ValueError, match=r"no case of scaled has '9x9' in its name"):
         bench.run(["scaled"], only="9x9")

@@ -9,8 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import moduli
+from pallas_kernels import lowering, moduli
 from pallas_kernels.he import automorphism, ckks, intt, ntt, rns
+from pallas_kernels.he.ckks import _keys
+from pallas_kernels.he.ckks._ciphertexts import switch
+from pallas_kernels.he.ckks._parameters import plan_of
+from pallas_kernels.ops import modular
 
 
 class Setting:
@@ -58,7 +62,7 @@ def test_encoding_multiplies_slots(small):
     v, w = small.vector(), small.vector()
     a, b = (ckks.encode(u, small.p) for u in (v, w))
     q = small.p.moduli
-    both = ckks.Plaintext(ckks._mul(a.values, b.values, q), a.scale * b.scale, a.level)
+    both = ckks.Plaintext(modular.mul(a.values, b.values, q), a.scale * b.scale, a.level)
     assert np.abs(ckks.decode(both, small.p) - v * w).max() < 1e-8
 
 
@@ -180,24 +184,33 @@ def test_noise_budget(small):
 # Noise
 
 
-@pytest.mark.parametrize(
-    ("special", "level"),
-    [(1, 2), *(pytest.param(*c, marks=pytest.mark.slow) for c in [(1, 0), (2, 2), (3, 2), (3, 1)])],
-)
+def switching_error(p: ckks.Parameters, level: int) -> tuple[np.ndarray, list[tuple[int, ...]], float]:
+    """Of what a switched polynomial decrypts to; the digits' moduli; and the secret's sum of absolute values."""
+    full, numbers = plan_of(p), _keys.ternary(p.n)
+    secret, source = (ntt(rns.from_integers(v, full.moduli), full) for v in (numbers, _keys.ternary(p.n)))
+    key = _keys.switching_key(p, secret, source)
+    plan = plan_of(p, level)
+    x = _keys.uniform(plan)
+    b, a = switch(x, key, p, level)
+    count, q, special = len(plan.moduli), plan.moduli, len(p.special)
+    got = modular.add(b, modular.mul(a, secret[:count], q), q)
+    error = modular.sub(got, modular.mul(x, source[:count], q), q)
+    digits = [q[start : start + special] for start in range(0, count, special)]
+    integers = rns.to_integers(intt(error, plan), q).astype(float)
+    return integers, digits, float(np.abs(numbers).sum())
+
+
+# One to six digits; of 4 limbs by 3, the last one is short.
+DIGITS = [(1, 2), *(pytest.param(*c, marks=pytest.mark.slow) for c in
+          [(2, 0), (2, 1), (1, 0), (2, 2), (1, 1), (3, 2), (3, 1)])]  # fmt: skip
+
+
+@pytest.mark.parametrize(("special", "level"), DIGITS)
 def test_noise_of_key_switching_is_as_predicted(special, level):
     n = 2**10
     p = ckks.parameters(n, 2, special=special, allow_insecure=True)
-    full = ckks._plan(p)
-    secret, source = (ntt(rns.from_integers(ckks._ternary(n), full.moduli), full) for _ in range(2))
-    key = ckks._switching_key(p, secret, source)
-    plan = ckks._plan(p, level)
-    x = ckks._uniform(plan)
-    b, a = ckks._switch(x, key, p, level)
-    count, q = len(plan.moduli), plan.moduli
-    got = ckks._add(b, ckks._mul(a, secret[:count], q), q)
-    error = rns.to_integers(intt(ckks._sub(got, ckks._mul(x, source[:count], q), q), plan), q).astype(float)
+    error, digits, _ = switching_error(p, level)
     whole = math.prod(p.special)
-    digits = [q[start : start + special] for start in range(0, count, special)]
     # A digit is a sum with as many terms as limbs, each uniform within half the product of its moduli.
     spread = sum((math.prod(d) / whole) ** 2 * len(d) / 12 for d in digits)
     rounding = (1 + n * 2 / 3) / 12 * special
@@ -205,9 +218,18 @@ def test_noise_of_key_switching_is_as_predicted(special, level):
     assert predicted / 2 < error.std() < 2 * predicted
 
 
+@pytest.mark.parametrize(("special", "level"), DIGITS)
+def test_key_switching_without_noise_only_rounds(special, level, monkeypatch):
+    monkeypatch.setattr(_keys, "noise", lambda plan: jnp.zeros((len(plan.moduli), plan.n), jnp.uint32))
+    p = ckks.parameters(2**8, 2, special=special, allow_insecure=True)
+    error, _, weight = switching_error(p, level)
+    # Both parts are divided by P, each off by 1/2 and what the approximate conversion of its limbs adds.
+    assert 0 < np.abs(error).max() <= (1 + weight) * (1 / 2 + special // 2)
+
+
 def test_fresh_noise_is_as_predicted(small):
     x = small.encrypt(np.zeros(1))
-    plan = ckks._plan(small.p, x.level)
+    plan = plan_of(small.p, x.level)
     noise = rns.to_integers(intt(ckks.decrypt(x, small.secret).values, plan), plan.moduli).astype(float)
     predicted = ckks.NOISE * math.sqrt(1 + small.p.n * 4 / 3)
     assert 0.8 * predicted < noise.std() < 1.25 * predicted
@@ -215,24 +237,26 @@ def test_fresh_noise_is_as_predicted(small):
 
 def test_random_numbers():
     n = 2**16
-    ternary = ckks._ternary(n)
+    ternary = _keys.ternary(n)
     assert all(abs(np.mean(ternary == v) - 1 / 3) < 0.01 for v in (-1, 0, 1))
-    noise = ckks._gaussian(n)
+    noise = _keys.gaussian(n)
     assert abs(noise.mean()) < 0.1 and abs(noise.std() - ckks.NOISE) < 0.1
     for bound in (3, 2**31 - 1, 1073692673):
-        uniform = ckks._below(bound, n)
+        uniform = _keys.below(bound, n)
         assert uniform.max() < bound and abs(uniform.mean() / (bound - 1) - 0.5) < 0.01
-    assert not np.array_equal(ckks._random_words((8,)), ckks._random_words((8,)))
+    assert not np.array_equal(_keys.random_words((8,)), _keys.random_words((8,)))
 
 
 # Sizes that are used
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("n", "depth"), [(2**13, 2), (2**14, 4)])
-def test_errors_at_128_bits_of_security(n, depth):
-    s = Setting(n, depth, n)
-    for _ in range(3):
+@pytest.mark.parametrize(
+    ("n", "depth", "allow_insecure"), [(2**13, 3, False), (2**13, 4, True), (2**14, 4, False)]
+)
+def test_errors_at_sizes_that_are_used(n, depth, allow_insecure):
+    s = Setting(n, depth, n, allow_insecure=allow_insecure)
+    for _ in range(20):
         v, w = s.vector(), s.vector()
         x, y = s.encrypt(v), s.encrypt(w)
         assert np.abs(ckks.decode(ckks.encode(v, s.p), s.p) - v).max() < 1e-7
@@ -245,12 +269,27 @@ def test_errors_at_128_bits_of_security(n, depth):
     for _ in range(depth):
         x, power = ckks.square(x, s.keys), power**2
     assert s.error(x, power) < 1e-4
+    other, _, _ = ckks.generate_keys(s.p)
+    forced = dataclasses.replace(other, key=x.key)
+    assert np.abs(ckks.decode(ckks.decrypt(x, forced), s.p) - power).max() > 1
+
+
+@pytest.mark.slow
+def test_64_bit_types_change_nothing(small):
+    v, w = small.vector(), small.vector()
+    x, y = small.encrypt(v), small.encrypt(w)
+    narrow = ckks.rotate(ckks.product(x, y, small.keys), 5, small.keys)
+    with lowering.enable_x64():
+        wide = ckks.rotate(ckks.product(x, y, small.keys), 5, small.keys)
+        assert small.error(small.encrypt(v), v) < 1e-6
+    assert wide.parts.dtype == jnp.uint32
+    np.testing.assert_array_equal(narrow.parts, wide.parts)
 
 
 def test_rotation_in_the_ring_is_rotation_of_slots(small):
     v = small.vector()
     plain = ckks.encode(v, small.p)
-    plan = ckks._plan(small.p, plain.level)
+    plan = plan_of(small.p, plain.level)
     k = ckks.galois_element(small.p, 7)
     moved = ntt(automorphism(intt(plain.values, plan), k, plan.moduli), plan)
     got = ckks.decode(dataclasses.replace(plain, values=moved), small.p)

@@ -235,6 +235,17 @@ def test_compile_leaves_other_files_alone(capsys: pytest.CaptureFixture[str], tm
     assert (tmp_path / "mine.csv").read_text() == "a,b\n1,2\n"
 
 
+def test_a_family_stands_for_its_operators(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = {n: replace(DOUBLE, name=n, family=f) for n, f in (("a", "twins"), ("b", ""), ("c", "twins"))}
+    monkeypatch.setattr(cli, "operators", lambda: every)
+    assert [o.name for o in cli._operators(["twins"])] == ["a", "c"]
+    assert [o.name for o in cli._operators(["b", "twins"])] == ["b", "a", "c"]
+    assert cli.main(["check", "twin"]) == 2
+    assert "did you mean twins?" in capsys.readouterr().err
+
+
 def test_compile_of_no_case(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["compile", "double", "--only=17"]) == 2
     assert capsys.readouterr().err == "pallas-kernels: no case has '17' in its name\n"

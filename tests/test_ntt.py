@@ -1,6 +1,5 @@
 """Number-theoretic transforms: known answers, Python's integers and FLINT, laws, and what is refused."""
 
-import dataclasses
 import functools
 
 import flint
@@ -8,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as pk
 from pallas_kernels import lowering, moduli, testing
@@ -15,9 +16,6 @@ from pallas_kernels.he import NttPlan
 from pallas_kernels.kernels.mod_matmul import reduction
 from pallas_kernels.ops import _ntt_xla
 from pallas_kernels.ops.modular import as_int32, as_uint32, draw_residues
-from pallas_kernels.ops.ntt import OPERATOR
-
-CASES = OPERATOR.parity_cases()
 
 
 def primes(n: int, count: int, bits: float = 30) -> tuple[int, ...]:
@@ -27,16 +25,6 @@ def primes(n: int, count: int, bits: float = 30) -> tuple[int, ...]:
 
 def random(shape: tuple[int, ...], q: tuple[int, ...], seed: int = 0) -> jax.Array:
     return jnp.asarray(draw_residues(np.random.default_rng(seed), "normal", shape, q))
-
-
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, id=c.name, marks=[pytest.mark.slow] * ("n2048" in c.name)) for c in CASES]
-)
-def test_parity(case):
-    one = dataclasses.replace(OPERATOR, parity_cases=lambda: [case])
-    results = list(testing.check_operator(one))
-    assert len(results) == (3 if min(case.options["plan"].split) >= 32 else 1)
-    assert all(r.ok for r in results), results
 
 
 @pytest.mark.parametrize(
@@ -74,6 +62,29 @@ def test_against_the_definition(n, q, order):
         y = pk.he.ntt(x, plan)
         np.testing.assert_array_equal(y[0], definition(x[0], q, order))
         np.testing.assert_array_equal(pk.he.intt(y, plan), x)
+
+
+@pytest.mark.parametrize("split", [(8, 16), (16, 8)])
+def test_a_small_prime_in_every_split(split):
+    plan = NttPlan(128, (257,), split=split)
+    for trial in testing.TRIALS:
+        x = draw_residues(np.random.default_rng(0), trial, (1, 128), (257,))
+        y = pk.he.ntt(x, plan)
+        np.testing.assert_array_equal(y[0], definition(x[0], 257, "bit_reversed"))
+        np.testing.assert_array_equal(pk.he.intt(y, plan), x)
+
+
+@pytest.mark.parametrize("n", [2**13, pytest.param(2**16, marks=pytest.mark.slow)])
+def test_values_are_those_of_flint(n):
+    q = primes(n, 2)
+    plan = NttPlan(n, q, order="natural")
+    x = random((2, n), q)
+    y = np.asarray(pk.he.ntt(x, plan))
+    for limb, (p, psi) in enumerate(zip(q, plan.roots, strict=True)):
+        polynomial = flint.nmod_poly(np.asarray(x)[limb].tolist(), p)
+        places = np.random.default_rng(n).integers(0, n, 50)
+        values = [int(polynomial(pow(psi, 2 * int(k) + 1, p))) for k in places]
+        np.testing.assert_array_equal(y[limb, places], values)
 
 
 SPLITS = [(4, 256), (8, 128), (16, 64), (32, 32), (64, 16), (128, 8), (256, 4)]
@@ -127,11 +138,17 @@ def test_kernels_at_a_size_of_ckks(inverse, implementation):
     np.testing.assert_array_equal(transform(x, plan, implementation=implementation), transform(x, plan))
 
 
-@pytest.mark.parametrize("n", [2**10, 2**12, 2**14, pytest.param(2**16, marks=pytest.mark.slow)])
-def test_products_are_those_of_flint(n):
-    q = primes(n, 3)
+LARGE = [(2**11, 3), (2**13, 3), (2**15, 3), (2**16, 3), (2**12, 48), (2**16, 1)]
+
+
+@pytest.mark.parametrize(
+    ("n", "limbs"),
+    [(2**10, 3), (2**12, 1), (2**14, 3), *(pytest.param(*size, marks=pytest.mark.slow) for size in LARGE)],
+)
+def test_products_are_those_of_flint(n, limbs):
+    q = primes(n, limbs)
     plan = NttPlan(n, q)
-    f, g = (random((3, n), q, seed) for seed in (1, 2))
+    f, g = (random((limbs, n), q, seed) for seed in (1, 2))
     got = np.asarray(jax.jit(pk.he.polymul)(f, g, plan))
     for limb, p in enumerate(q):
         product = flint.nmod_poly(np.asarray(f)[limb].tolist(), p) * flint.nmod_poly(
@@ -152,6 +169,10 @@ def test_laws():
     np.testing.assert_array_equal(pk.he.ntt(add(f, g), plan), add(pk.he.ntt(f, plan), pk.he.ntt(g, plan)))
     one = jnp.zeros((3, n), jnp.uint32).at[:, 0].set(1)
     np.testing.assert_array_equal(pk.he.ntt(one, plan), jnp.ones((3, n), jnp.uint32))
+    x = jnp.zeros((3, n), jnp.uint32).at[:, 1].set(1)
+    odd = 2 * moduli.bit_reversal(n) + 1
+    roots = [[pow(psi, k, p) for k in odd.tolist()] for psi, p in zip(plan.roots, q, strict=True)]
+    np.testing.assert_array_equal(pk.he.ntt(x, plan), roots)
     for x in (f, g):
         np.testing.assert_array_equal(pk.he.intt(pk.he.ntt(x, plan), plan), x)
         np.testing.assert_array_equal(pk.he.ntt(pk.he.intt(x, plan), plan), x)
@@ -187,6 +208,9 @@ def test_automorphisms(order):
         np.testing.assert_array_equal(product, pk.he.polymul(image, pk.he.automorphism(g, k, q), plan))
     twice = pk.he.automorphism(pk.he.automorphism(f, 5, q), 5, q)
     np.testing.assert_array_equal(twice, pk.he.automorphism(f, 25, q))
+    for k, order_of_k in ((5, n // 2), (2 * n - 1, 2)):
+        around = functools.reduce(lambda x, _: pk.he.automorphism(x, k, q), range(order_of_k), f)
+        np.testing.assert_array_equal(around, f)
 
 
 def test_transforms(implementation):
@@ -199,6 +223,25 @@ def test_transforms(implementation):
     with lowering.enable_x64():
         np.testing.assert_array_equal(ntt(x, plan), expected)
     assert jax.eval_shape(ntt, x, plan).dtype == jnp.uint32
+
+
+@pytest.mark.parametrize("spec", [P("d"), P(None, "d")], ids=["batch", "limbs"])
+def test_sharded_over_a_batch_or_limbs(spec):
+    plan = NttPlan(64, primes(64, 8))
+    x = random((8, 8, 64), plan.moduli)
+    sharding = NamedSharding(Mesh(np.array(jax.devices()), ("d",)), spec)
+    got = jax.jit(pk.he.ntt, out_shardings=sharding)(jax.device_put(x, sharding), plan)
+    assert got.sharding.is_equivalent_to(sharding, 3)
+    np.testing.assert_array_equal(got, pk.he.ntt(x, plan))
+
+
+def test_a_hundred_runs_are_alike_and_operands_may_be_donated():
+    plan = NttPlan(1024, primes(1024, 2))
+    x = random((2, 1024), plan.moduli)
+    transform = jax.jit(pk.he.ntt)
+    expected = np.asarray(transform(x, plan))
+    assert all(np.array_equal(transform(x, plan), expected) for _ in range(100))
+    np.testing.assert_array_equal(jax.jit(pk.he.ntt, donate_argnums=0)(x + 0, plan), expected)
 
 
 def test_plans():

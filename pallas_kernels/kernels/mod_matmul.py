@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -135,8 +136,8 @@ def product(x_ref: Any, w_ref: Any, m: Modulus, *, side: str, step: int, how: Re
     if terms == step:
         return fold(add_terms(0, []), m, how)
     zeros = [jnp.zeros(shape, jnp.int32)] * 4
-    # Bounds of 32 bits: under x64 Python's integers would make a 64-bit index.
-    sums = lax.fori_loop(jnp.int32(0), jnp.int32(terms // step), add_terms, zeros)
+    # Bounds of 32 bits: under x64 Python's integers would make a 64-bit index. Not of JAX: those would be traced.
+    sums = lax.fori_loop(np.int32(0), np.int32(terms // step), add_terms, zeros)
     return fold(sums, m, how)
 
 

@@ -265,6 +265,7 @@ def _case(
 
 OPERATOR = Operator(
     name="basis_conversion",
+    family="he",
     function=basis_conversion,
     reference=reference,
     parity_cases=_parity_cases,

@@ -303,6 +303,7 @@ def _case(
 
 OPERATOR = Operator(
     name="mod_matmul",
+    family="he",
     function=mod_matmul,
     reference=reference,
     parity_cases=_parity_cases,

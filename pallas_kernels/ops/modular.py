@@ -342,6 +342,7 @@ def _case(operation: str, shape: tuple[int, ...], moduli: tuple[int, ...]) -> Ca
 
 OPERATOR = Operator(
     name="modular",
+    family="he",
     function=apply,
     reference=reference,
     parity_cases=_parity_cases,

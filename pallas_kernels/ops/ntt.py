@@ -342,15 +342,14 @@ def _parity_cases() -> list[Case]:
 
 
 def _compile_cases(full: bool) -> list[Case]:
-    """Rings of CKKS: alone; with a batch that uses the matrices again; and with one limb, which is what the profiler of
-    TPUs can follow of a batch.
+    """Rings of CKKS: with a batch that uses the matrices again, of one limb, which is what the profiler of TPUs can
+    follow of a batch; with a batch and limbs; alone.
     """
-    sizes = [(2**11, 1, 4), (2**12, 4, 32), (2**14, 1, 128), (2**16, 1, 32)]
+    sizes = [(2**12, 1, 512), (2**14, 1, 128), (2**16, 1, 32), (2**12, 4, 32)]
     if full:
-        sizes = [
-            *((n, limbs, batch) for n in (2**12, 2**14, 2**16) for limbs in (4, 16, 48) for batch in (1, 32)),
-            *((2**13, 8, 1), (2**15, 8, 1), (2**12, 1, 512), (2**14, 1, 128), (2**16, 1, 32)),
-        ]
+        sizes += [(n, limbs, 1) for n in (2**12, 2**14, 2**16) for limbs in (4, 16, 48)]
+    else:
+        sizes = [(2**11, 1, 4), *sizes[1:]]
     return [_compile_case(*size, operation) for size in sizes for operation in ("ntt", "intt")]
 
 
@@ -394,6 +393,7 @@ def _apply(*operands: Any, operation: str, **options: Any) -> jax.Array:
 
 OPERATOR = Operator(
     name="ntt",
+    family="he",
     function=_apply,
     reference=reference,
     parity_cases=_parity_cases,
