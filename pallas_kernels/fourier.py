@@ -20,7 +20,7 @@ and longer ones have more factors on the left, each a pass over memory.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -273,22 +273,30 @@ def _spectrum(h: jax.Array, lags: Lags, plan: Plan) -> jax.Array:
     im = jnp.pad(before, ((0, 0), (missing[1], 0)))
     x = (re + im, jnp.zeros_like(re)) if plan.kept else (re, -im)
 
-    def product(equation: str, a: Any, b: Any) -> tuple[jax.Array, jax.Array]:
-        multiply = functools.partial(jnp.einsum, equation, precision=lax.Precision.HIGHEST)
-        return multiply(a[0], b[0]) - multiply(a[1], b[1]), multiply(a[0], b[1]) + multiply(a[1], b[0])
-
     which = 1
     for level, n in enumerate(plan.outer):
         x = tuple(a.reshape(-1, which, n, plan.points // (which * n)) for a in x)
-        x = product("kn,cqnm->cqkm", _planes(_dft(n, n, _shift(plan, level))), x)
-        x = product("km,cqkm->cqkm", _outer_twiddle(plan, level), x)
+        x = _product(_planes(_dft(n, n, _shift(plan, level))), x, _matmul)
+        x = _product(_outer_twiddle(plan, level), x, jnp.multiply)
         which *= n
     x = tuple(a.reshape(-1, which, plan.rows, plan.columns) for a in x)
-    left, twiddle, right = _factors(plan)
-    x = product("kn,cqnm->cqkm", _planes(left), x)
-    x = product("km,cqkm->cqkm", _planes(twiddle), x)
-    x = product("cqkm,ml->cqkl", x, _planes(right))
+    left, twiddle, right = map(_planes, _factors(plan))
+    x = _product(_product(left, x, _matmul), twiddle, jnp.multiply)
+    x = _product(x, right, _matmul)
     return jnp.stack(x, 2) / plan.points
+
+
+def _product(a: Any, b: Any, multiply: Callable[..., jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The planes of a complex product."""
+    a, b = (tuple(jnp.asarray(plane, jnp.float32) for plane in planes) for planes in (a, b))
+    return multiply(a[0], b[0]) - multiply(a[1], b[1]), multiply(a[0], b[1]) + multiply(a[1], b[0])
+
+
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """By sums of 64 terms: one of more of them would be the largest error of a convolution in float32."""
+    starts = range(0, a.shape[-1], 64)
+    multiply = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    return functools.reduce(jnp.add, (multiply(a[..., i : i + 64], b[..., i : i + 64, :]) for i in starts))
 
 
 def _grouped(spectrum: jax.Array, plan: Plan) -> jax.Array:

@@ -327,9 +327,9 @@ def _parity_cases() -> list[Case]:
         _case(2, 20, 33, 3, mode="bidirectional", first_backward_lag=0, skip=True),
         _case(2, 45, 45, 2, mode="circular"),
         _case(2, 11, 30, 2, bf16, mode="circular", gates=True),
-        _case(3, 128, 128, 2, bf16, spectrum_mask=(True, False, True, False), skip=True),
+        _case(3, 128, 128, 2, spectrum_mask=(True, False, True, False), skip=True),
         _case(2, 60, 60, 2, spectrum_mask=(True, True, False)),
-        _case(2, 300, 300, 2, bf16),
+        _case(2, 300, 300, 2),
     ]
 
 
@@ -340,8 +340,8 @@ def _compile_cases(full: bool) -> list[Case]:
         return [
             _case(*shape, dtype, gates=gates)
             for shape in (
-                (64, 256, 256, 768), (64, 1024, 1024, 768), (16, 4096, 4096, 768),
-                (8, 16384, 16384, 256), (4, 65536, 65536, 128), (2, 1 << 20, 1 << 20, 16),
+                (64, 256, 256, 64), (32, 1024, 1024, 64), (16, 4096, 4096, 64),
+                (8, 16384, 16384, 32), (4, 65536, 65536, 16), (2, 1 << 20, 1 << 20, 4),
             )
             for dtype in (f32, bf16)
             for gates in (False, True)
