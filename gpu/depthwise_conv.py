@@ -68,7 +68,10 @@ def convolve(
         taps = [rows.taps(r).shifted(-moved).inside(rows.sources) for r in range(rows.period)]
         kinds = [Rows(r, 1, t) for r, t in enumerate(taps)]
         tile = -(-len(columns) // -(-len(columns) // TILE))
-        correlate(*refs, slab=_slab(plan), rows=kinds, cols=columns, tile=tile, unroll=1, unrolled_rows=2)
+        correlate(
+            *refs, slab=_slab(plan), rows=kinds, cols=columns,
+            tile=tile, unroll=1, unrolled_rows=2, loop_tiles=True,
+        )  # fmt: skip
 
     out = launch(
         body, pieces, w, bias[None],
@@ -119,8 +122,9 @@ def weight_gradient(
         taps = rows.tap_range(jax.lax.rem(pl.program_id(0), jnp.int32(rows.kernel)))
         tile = -(-cols.kernel // -(-cols.kernel // TILE))
         correlate_gradient(
-            *refs, slab=_slab(plan, slabs // parts), rows=[taps], cols=columns, tile=tile, unroll=1
-        )
+            *refs, slab=_slab(plan, slabs // parts), rows=[taps], cols=columns,
+            tile=tile, unroll=1, chunk=TILE // 2 if cols.out > 2 * TILE else None,
+        )  # fmt: skip
 
     def spec(a: jax.Array) -> pl.BlockSpec:
         return pl.BlockSpec(

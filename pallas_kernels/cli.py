@@ -238,7 +238,8 @@ def _passes(operator: Operator, case: Case) -> Iterator[tuple[str, Callable[...,
         return jax.vjp(of_differentiable, *(arguments[i] for i in case.differentiable))[1](cotangent)
 
     if case.differentiable:
-        yield "gradients", gradients, (jax.eval_shape(forward, *case.arguments), *case.arguments)
+        cotangent = jax.eval_shape(partial(operator.reference, **case.options), *case.arguments)
+        yield "gradients", gradients, (cotangent, *case.arguments)
 
 
 _COMPILED = ("call", "target", "kernel", "cycles", "true", "padded", "memory", "registers", "spill", "note")

@@ -105,6 +105,28 @@ def test_gpu_plans(
     assert_near(results(gpu, axes, x, w, g), expected(x, w, g, *geometry[1:]))
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("width, kernel", [(31, (2, 3)), (11, (1, 25))], ids=str)
+def test_gpu_loops_over_tiles(
+    monkeypatch: pytest.MonkeyPatch, width: int, kernel: tuple[int, int], stride: int
+) -> None:
+    """Tiles of the image's columns, or all of them reading the same pixels through other taps."""
+    monkeypatch.setattr(gpu, "TILE", 4)
+    axes, x, w, g = arrays((2, 3, width, 8), kernel, stride)
+    assert_near(results(gpu, axes, x, w, g), expected(x, w, g, kernel, stride))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gpu_code_does_not_grow_with_the_image(stride: int) -> None:
+    """Triton's time to compile grows with the cube of the code."""
+
+    def equations(width: int) -> int:
+        axes, x, w, g = arrays((1, 4, width, 32), (3, 3), stride)
+        return str(jax.make_jaxpr(functools.partial(results, gpu, axes))(x, w, g)).count("\n")
+
+    assert equations(2 * 112) <= 1.1 * equations(112)
+
+
 @pytest.mark.parametrize(
     "shape, kernel", [((1, 64, 64, 64), 31), ((8, 56, 56, 96), 7), ((2, 224, 224, 40), 3)]
 )

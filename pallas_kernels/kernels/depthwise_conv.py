@@ -34,7 +34,7 @@ class Slab(NamedTuple):
 
 def correlate(
     x_ref: Any, w_ref: Any, b_ref: Any, o_ref: Any, *, slab: Slab, rows: Sequence[Rows],
-    cols: Sequence[Taps], tile: int, unroll: int, unrolled_rows: int,
+    cols: Sequence[Taps], tile: int, unroll: int, unrolled_rows: int, loop_tiles: bool = False,
 ) -> None:  # fmt: skip
     """One block of a depthwise convolution, or of its input gradient: o = b + the sum over taps of x * w.
 
@@ -45,45 +45,55 @@ def correlate(
       tile: columns that are accumulated together, in registers.
       unroll: kernel rows in one iteration of the loop over them.
       unrolled_rows: from this many equal rows on, the loop runs over the rows, and all of their taps are unrolled.
+      loop_tiles: whether tiles that read alike are a loop, or all unrolled.
     """
-    tiles = [range(start, min(start + tile, len(cols))) for start in range(0, len(cols), tile)]
-    reads = [_by_source([cols[c].pairs() for c in columns]) for columns in tiles]
+    starts = range(0, len(cols), tile)
+    reads = [
+        [(source, t, k) for t, taps in enumerate(cols[start : start + tile]) for source, k in taps.pairs()]
+        for start in starts
+    ]
+    runs = _runs(reads, [len(cols[start : start + tile]) for start in starts], loop_tiles)
 
     def broadcast(row: jax.Array) -> jax.Array:
         return jnp.broadcast_to(row.astype(jnp.float32), slab.shape)
 
-    def kernel_row(taps: Taps, read: _Reads, group: Any, j: Any, sums: _Sums) -> _Sums:
+    def kernel_row(taps: Taps, run: _Run, i: Any, group: Any, j: Any, sums: _Sums) -> _Sums:
         row, k_row = taps.source + j * taps.source_step, taps.tap + j * taps.tap_step
+        column_shift, k_shift = (i * step for step in run.shift)
 
         @functools.cache
         def weight(k: int) -> jax.Array:
-            return broadcast(w_ref[k_row, pl.ds(k, 1), slab.channels(group)])
+            return broadcast(w_ref[k_row, pl.ds(k + k_shift, 1), slab.channels(group)])
 
         totals = list(sums)
-        for column, uses in read:
-            x = x_ref[slab.at(row, column, group)].astype(jnp.float32)
+        for column, uses in run.by_column():
+            x = x_ref[slab.at(row, column + column_shift, group)].astype(jnp.float32)
             for target, k in uses:
                 totals[target] = lax.add(totals[target], lax.mul(x, weight(k)))
         return tuple(totals)
 
-    def target_row(same: Rows, unroll: int, group: Any, i: Any) -> None:
-        taps = same.taps.shifted(-i * same.advance)
+    def target_tile(same: Rows, unroll: int, group: Any, row: Any, run: _Run, i: Any, _: None) -> None:
+        taps = same.taps.shifted(-row * same.advance)
         bias = broadcast(b_ref[:, slab.channels(group)])
-        for columns, read in zip(tiles, reads, strict=True):
-            step = functools.partial(kernel_row, taps, read, group)
-            sums = _loop(taps.lo, taps.hi, unroll, step, (bias,) * len(columns))
-            for column, total in zip(columns, sums, strict=True):
-                o_ref[slab.at(same.first + i * same.period, column, group)] = total.astype(o_ref.dtype)
+        step = functools.partial(kernel_row, taps, run, i, group)
+        sums = _loop(taps.lo, taps.hi, unroll, step, (bias,) * run.size)
+        for t, total in enumerate(sums):
+            column = starts[run.first] + t + i * tile
+            o_ref[slab.at(same.first + row * same.period, column, group)] = total.astype(o_ref.dtype)
+
+    def target_row(same: Rows, unroll: int, group: Any, row: Any, _: None) -> None:
+        for run in runs:
+            _loop(0, run.count, 1, functools.partial(target_tile, same, unroll, group, row, run), None)
 
     for group, same in itertools.product(range(slab.groups), rows):
         over_rows = same.count >= unrolled_rows
         step = functools.partial(target_row, same, max(1, same.taps.hi) if over_rows else unroll, group)
-        _loop(0, same.count, 1 if over_rows else same.count, lambda i, _: step(i), None)  # noqa: B023
+        _loop(0, same.count, 1 if over_rows else same.count, step, None)
 
 
 def correlate_gradient(
     x_ref: Any, g_ref: Any, o_ref: Any, *, slab: Slab, rows: Sequence[Taps], cols: Sequence[Taps],
-    tile: int, unroll: int, unroll_groups: int = 1,
+    tile: int, unroll: int, unroll_groups: int = 1, chunk: int | None = None,
 ) -> None:  # fmt: skip
     """One block's share of the weight gradient of a depthwise convolution: o[k] = sum over images and pixels of x * g.
 
@@ -95,28 +105,42 @@ def correlate_gradient(
       cols: the same for each kernel column.
       tile: kernel columns that are accumulated together, in registers.
       unroll, unroll_groups: rows of pixels, and groups, in one iteration of the loops over them.
+      chunk: outputs of a row that are unrolled; chunks that read alike are a loop. None: the row.
     """
     tiles = [range(start, min(start + tile, len(cols))) for start in range(0, len(cols), tile)]
     images = o_ref.shape[1] // len(cols)
-    reads = [_by_source([[(g, x) for x, g in cols[k].pairs()] for k in ks]) for ks in tiles]
 
-    def pixel_row(taps: Taps, read: _Reads, group: Any, j: Any, sums: _Sums) -> _Sums:
+    def chunks(ks: range) -> list[_Run]:
+        reads = sorted((g, t, x) for t, k in enumerate(ks) for x, g in cols[k].pairs())
+        size = chunk or 1 + max((g for g, *_ in reads), default=0)
+        pieces = [list(piece) for _, piece in itertools.groupby(reads, lambda read: read[0] // size)]
+        return _runs(pieces, [len(ks)] * len(pieces), loop=True)
+
+    def pixel_chunk(taps: Taps, run: _Run, group: Any, j: Any, i: Any, sums: _Sums) -> _Sums:
+        column_shift, x_shift = (i * step for step in run.shift)
         load = lambda ref, row, column: ref[slab.at(row, column, group)].astype(jnp.float32)  # noqa: E731
-        pixel = functools.cache(functools.partial(load, x_ref, taps.source + j * taps.source_step))
+        x_row, g_row = taps.source + j * taps.source_step, taps.tap + j * taps.tap_step
+        pixel = functools.cache(lambda column: load(x_ref, x_row, column + x_shift))
         totals = list(sums)
-        for column, uses in read:
-            g = load(g_ref, taps.tap + j * taps.tap_step, column)
+        for column, uses in run.by_column():
+            g = load(g_ref, g_row, column + column_shift)
             for k, x_column in uses:
                 totals[k] = lax.add(totals[k], lax.mul(pixel(x_column), g))
         return tuple(totals)
 
-    def over_images(taps: Taps, read: _Reads, group: Any, sums: _Sums) -> _Sums:
-        return _loop(taps.lo, taps.hi, unroll, functools.partial(pixel_row, taps, read, group), sums)
+    def pixel_row(taps: Taps, runs: list[_Run], group: Any, j: Any, sums: _Sums) -> _Sums:
+        for run in runs:
+            sums = _loop(0, run.count, 1, functools.partial(pixel_chunk, taps, run, group, j), sums)
+        return sums
+
+    def over_images(taps: Taps, runs: list[_Run], group: Any, sums: _Sums) -> _Sums:
+        return _loop(taps.lo, taps.hi, unroll, functools.partial(pixel_row, taps, runs, group), sums)
 
     for k_row, taps in enumerate(rows):
-        for ks, read in zip(tiles, reads, strict=True):
+        for ks in tiles:
             zeros = (jnp.zeros(slab.shape, jnp.float32),) * len(ks)
-            sums = _loop(0, slab.groups, unroll_groups, functools.partial(over_images, taps, read), zeros)
+            step = functools.partial(over_images, taps, chunks(ks))
+            sums = _loop(0, slab.groups, unroll_groups, step, zeros)
             for k, total in zip(ks, sums, strict=True):
                 if images == 1:
                     total = jnp.sum(total, axis=0, keepdims=True)
@@ -124,16 +148,45 @@ def correlate_gradient(
 
 
 _Sums = tuple[jax.Array, ...]
-# Source column -> the (accumulator, other index) pairs that use it, so that each slab is loaded once.
-_Reads = list[tuple[int, list[tuple[int, int]]]]
+# (column, accumulator, index of the other factor) of each multiply-add in a tile.
+_Reads = list[tuple[int, int, int]]
 
 
-def _by_source(pairs: list[list[tuple[int, int]]]) -> _Reads:
-    uses: dict[int, list[tuple[int, int]]] = {}
-    for target, reads in enumerate(pairs):
-        for source, other in reads:
-            uses.setdefault(source, []).append((target, other))
-    return sorted(uses.items())
+class _Run(NamedTuple):
+    """Tiles of one `size` that read alike: from one to the next, columns and other indices move by `shift`."""
+
+    first: int
+    size: int
+    reads: _Reads
+    count: int = 1  # pyright: ignore[reportIncompatibleMethodOverride]
+    shift: tuple[int, int] = (0, 0)
+
+    def by_column(self) -> list[tuple[int, list[tuple[int, int]]]]:
+        """For each column that the first tile reads, its uses: an accumulator and the index of the other factor."""
+        groups = itertools.groupby(sorted(self.reads), lambda read: read[0])
+        return [(column, [(t, other) for _, t, other in uses]) for column, uses in groups]
+
+
+def _runs(tiles: Sequence[_Reads], sizes: Sequence[int], loop: bool) -> list[_Run]:
+    """The tiles, those in a row that read alike together, or if not `loop` each one alone."""
+    runs: list[_Run] = []
+    for n, (reads, size) in enumerate(zip(tiles, sizes, strict=True)):
+        last = runs[-1] if runs else None
+        shift = _shift(tiles[n - 1], reads) if loop and last and size == last.size else None
+        if last and shift and shift == (last.shift if last.count > 1 else shift):
+            runs[-1] = last._replace(count=last.count + 1, shift=shift)
+        else:
+            runs.append(_Run(n, size, reads))
+    return runs
+
+
+def _shift(a: _Reads, b: _Reads) -> tuple[int, int] | None:
+    """How far columns and other indices move from a to b, if nothing else changes."""
+    shifts = {(q[0] - p[0], q[1] - p[1], q[2] - p[2]) for p, q in zip(a, b, strict=False)}
+    if len(a) == len(b) and len(shifts) == 1:
+        ((column, accumulator, other),) = shifts
+        return (column, other) if accumulator == 0 else None
+    return None
 
 
 def _loop(lo: Any, hi: Any, unroll: int, step: Callable[[Any, Any], Any], carry: Any) -> Any:
