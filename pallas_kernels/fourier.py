@@ -147,9 +147,12 @@ def gradients(
     dtypes = [v.dtype, *of_before]
     if plan.outer:
         arrays = [run.there(x, before), run.there(g, after)]
-        dv, *y, sums = run.inner(arrays, spectrum, (None, None), dtypes, output=after is not None)
+        dv, sums = run.inner(arrays, spectrum, (None, None), dtypes)
         made = run.back(dv, [before, x] if of_before else [None], dtypes)
-        made += [a for y in y for a in run.back(y, [g], of_after)]
+        if of_after:
+            # By a kernel of its own: a GPU's registers don't hold both.
+            (y,) = run.inner(arrays[:1], spectrum, (None, None), dtypes)
+            made += run.back(y, [g], of_after)
     else:
         *made, sums = run.inner([x, g], spectrum, (before, after), [*dtypes, *of_after])
     dv, *of_gates = (_unpack(a, v.shape, plan) for a in made)
@@ -183,19 +186,18 @@ class _Launch(NamedTuple):
 
     def inner(
         self, arrays: Sequence[jax.Array], spectrum: jax.Array, gates: Gates, dtypes: Sequence[Any], *,
-        transposed: bool = False, output: bool = False,
+        transposed: bool = False,
     ) -> Sequence[jax.Array]:  # fmt: skip
         """The kernel: `convolve` of one array, `gradients` of an array and a cotangent.
 
         dtypes: of its results beside the spectrum's gradient, where no outer pass comes after it.
-        output: whether `gradients` returns the convolution too.
         """
         plan = self.plan
         outer = math.prod(plan.outer)
         if plan.outer:
             tail = 2, outer, plan.rows, plan.columns
             arrays = [a.reshape(*a.shape[:2], *tail) for a in arrays]
-            dtypes = [plan.between] * (1 + output)
+            dtypes = [plan.between]
         x = arrays[0]
         channels, groups, *tail = x.shape
         # A sequence is (rows, columns), or with outer passes (planes, which k0, rows, columns).
@@ -220,7 +222,7 @@ class _Launch(NamedTuple):
         given = [gate for gate in gates if gate is not None]
         name = "fft_conv"
         if len(arrays) == 2:
-            body = functools.partial(kernels.gradients, gated=gated, output=output)
+            body = functools.partial(kernels.gradients, gated=gated)
             name += "_gradients"
             out_shape += [jax.ShapeDtypeStruct((channels, programs, *spectrum.shape[1:]), jnp.float32)]
             out_specs += [
@@ -239,7 +241,7 @@ class _Launch(NamedTuple):
             in_specs=[*(of_sequences for _ in arrays), of_spectrum, *(of_sequences for _ in given),
                       *map(_whole, matrices)],
             out_specs=out_specs, out_shape=out_shape, num_warps=plan.num_warps,
-            work=_work(plan, [*arrays, *given], len(arrays) + 1 + (len(arrays) == 2 and (gated.after or output)),
+            work=_work(plan, [*arrays, *given], len(arrays) + 1 + (len(arrays) == 2 and gated.after),
                        spectrum, matrices, out_shape),
         )  # fmt: skip
 

@@ -62,13 +62,13 @@ def convolve(x_ref: Any, spectrum_ref: Any, *refs: Any, gated: Gated, conjugate:
     _loop(o_ref.shape[0], sequence, None)
 
 
-def gradients(x_ref: Any, g_ref: Any, spectrum_ref: Any, *refs: Any, gated: Gated, output: bool) -> None:
+def gradients(x_ref: Any, g_ref: Any, spectrum_ref: Any, *refs: Any, gated: Gated) -> None:
     """The gradients of `convolve`: dx = F* (conj(spectrum) . F g) and dspectrum = sum of conj(F x) . F g.
 
     Args:
       x_ref, g_ref, dx_ref: blocks of sequences, as in `convolve`.
-      refs: the gates; the `Matrices`; then dx_ref, the gradients of the gates, the result of `convolve` if `output`
-        is wanted (its gate, which is elsewhere, needs it), and dspectrum_ref, of the block's own sum: [plane, k1, k2].
+      refs: the gates; the `Matrices`; then dx_ref, the gradients of the gates, and dspectrum_ref, of the block's own
+        sum: [plane, k1, k2].
     """
     before, after, m, (dx_ref, *others, dspectrum_ref) = _named(refs, gated)
     spectrum = spectrum_ref[0], spectrum_ref[1]
@@ -81,12 +81,12 @@ def gradients(x_ref: Any, g_ref: Any, spectrum_ref: Any, *refs: Any, gated: Gate
         if gated.before:
             _store(next(made), i, dx, x_ref)
         x = _transform(_load(x_ref, before, i), m)
-        if gated.after or output:
+        if gated.after:
             _store(
                 next(made),
                 i,
                 _transform_back(_multiply(x, spectrum, False), m),
-                g_ref if gated.after else None,
+                g_ref,
             )
         re, im = _multiply(g, x, True)
         return total[0] + re, total[1] + im

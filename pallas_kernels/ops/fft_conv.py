@@ -161,6 +161,11 @@ def _gated_gradients(u: jax.Array, h: jax.Array, gates: Gates, g: jax.Array, opt
     return _run("gradients", (u, h, gates, g), options)
 
 
+def _gated_backward(options: _Options, saved: Any, g: jax.Array) -> Any:
+    u, h, gates = saved
+    return _gated_gradients(u, h, gates, g, options)
+
+
 def _gated_gradients_backward(options: _Options, saved: Any, cotangents: Any) -> Any:
     """Derivatives from the second on are those of the composed form."""
 
@@ -212,7 +217,7 @@ def _gradients_backward(options: _Options, saved: Any, cotangents: Any) -> Any:
 # To pyright, what `partial` decorates is a plain function.
 _gated.defvjp(  # pyright: ignore[reportFunctionMemberAccess]
     lambda u, h, gates, options: (_gated(u, h, gates, options), (u, h, gates)),
-    lambda options, saved, g: _gated_gradients(*saved, g, options),
+    _gated_backward,
 )
 _gated_gradients.defvjp(  # pyright: ignore[reportFunctionMemberAccess]
     lambda u, h, gates, g, options: (_gated_gradients(u, h, gates, g, options), (u, h, gates, g)),
