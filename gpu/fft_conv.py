@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from pallas_kernels import fourier
-from pallas_kernels.fourier import Lags, Plan
+from pallas_kernels.fourier import Gates, Lags, Plan
 
 # Sides of a matrix that Triton multiplies; rows that fill the warps of a program.
 SMALLEST, FULL = 16, 64
@@ -25,19 +25,23 @@ BLOCK, OUTER_BLOCK = 1 << 14, 1 << 10
 
 
 def convolve(
-    v: jax.Array, h: jax.Array, *, lags: Lags, parts: int, mask: Any, transposed: bool, interpret: Any = False
-) -> jax.Array:
+    v: jax.Array, h: jax.Array, gates: Gates, *,
+    lags: Lags, parts: int, mask: Any, transposed: bool, interpret: Any = False,
+) -> jax.Array:  # fmt: skip
     """See `fourier.convolve`."""
     plan = _plan(v.shape, parts, mask)
-    return fourier.convolve(v, h, lags, plan, transposed=transposed, platform="cuda", interpret=interpret)
+    return fourier.convolve(
+        v, h, gates, lags, plan, transposed=transposed, platform="cuda", interpret=interpret
+    )
 
 
 def gradients(
-    v: jax.Array, h: jax.Array, g: jax.Array, *, lags: Lags, parts: int, mask: Any, interpret: Any = False
-) -> tuple[jax.Array, jax.Array]:
+    v: jax.Array, h: jax.Array, gates: Gates, g: jax.Array, *,
+    lags: Lags, parts: int, mask: Any, interpret: Any = False,
+) -> tuple[jax.Array, jax.Array, Gates]:  # fmt: skip
     """See `fourier.gradients`."""
     plan = _plan(v.shape, parts, mask)
-    return fourier.gradients(v, h, g, lags, plan, platform="cuda", interpret=interpret)
+    return fourier.gradients(v, h, gates, g, lags, plan, platform="cuda", interpret=interpret)
 
 
 def _plan(shape: tuple[int, ...], parts: int, mask: Any) -> Plan:

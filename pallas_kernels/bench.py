@@ -1,15 +1,20 @@
 """Time operators side by side with other people's implementations.
 
 All contestants of a case run in one process in turns, round after round, so that what else the machine does
-hits all of them; ratios are of medians. Nothing is timed that isn't right: results are compared with the
+hits all of them; ratios are of medians. Or each has a process of its own (`apart`), which no other's threads and
+memory are in, and its peak memory is taken too. Nothing is timed that isn't right: results are compared with the
 definition, and gradients with its derivative in a random direction, <gradient, t> = <cotangent, J t>.
 """
 
 import csv
+import ctypes
+import gc
+import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +41,8 @@ class Timing(NamedTuple):
 
     low, high: the quartiles. best: the minimum, which says most on a machine that others use too.
     ratio: how many times as long as ours it takes; ratio_low, ratio_high: the quartiles of single rounds.
+    memory: the most that the process held during the pass beyond what it held before, arguments included in both, in
+      megabytes; measured in a process of its own only, on Linux.
     note: why there are no times.
     """
 
@@ -51,16 +58,18 @@ class Timing(NamedTuple):
     ratio_low: float = float("nan")
     ratio_high: float = float("nan")
     rounds: int = 0
+    memory: float = float("nan")
     note: str = ""
 
 
-def run(names: list[str], *, out: str | None = None, only: str | None = None) -> int:
+def run(names: list[str], *, out: str | None = None, only: str | None = None, apart: bool = False) -> int:
     """Time operators against their baselines; print a table.
 
     Args:
       names: of operators.
       out: a CSV file to write, and beside it a chart, as PNG.
       only: time the cases with this in their name.
+      apart: give every contestant a process of its own, and take its peak memory.
 
     Returns:
       1 if a contestant gave wrong results, else 0.
@@ -83,7 +92,7 @@ def run(names: list[str], *, out: str | None = None, only: str | None = None) ->
     timings: list[Timing] = []
     with Progress(len(jobs), "bench") as progress:
         for operator, case in jobs:
-            rows = list(time_case(operator, case))
+            rows = list(time_case_apart(operator, case) if apart else time_case(operator, case))
             timings += rows
             print("\n".join(map(_line, rows)), flush=True)
             progress.advance(f"{operator.name} {case.name}")
@@ -92,22 +101,47 @@ def run(names: list[str], *, out: str | None = None, only: str | None = None) ->
     return int(any(t.note.startswith("wrong") for t in timings))
 
 
-def time_case(operator: Operator, case: Case) -> Iterator[Timing]:
-    """Check, then time, each contestant in each pass of a case."""
+def time_case_apart(operator: Operator, case: Case) -> Iterator[Timing]:
+    """The same, each contestant in a process of its own."""
+    found: dict[str, list[Timing]] = {}
+    for name in (OURS, *operator.baselines):
+        # A new process for each: not forked, which threads don't survive, and not used again.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+            found[name] = alone.submit(_time_alone, operator.name, case.name, name).result()
+    for rows in zip(*found.values(), strict=True):
+        for row in rows:
+            yield row._replace(ratio=row.median / rows[0].median)
+
+
+def _time_alone(operator: str, case: str, contestant: str) -> list[Timing]:
+    known = operators.benchmarks()[operator]
+    chosen = next(c for c in known.bench_cases() if c.name == case)
+    return list(time_case(known, chosen, [contestant]))
+
+
+def time_case(operator: Operator, case: Case, names: Collection[str] | None = None) -> Iterator[Timing]:
+    """Check, then time, each contestant in each pass of a case, or those of some names."""
     arguments = testing.inputs_for(case)
     reference = jax.jit(partial(operator.reference, **case.options))
     aval = jax.eval_shape(reference, *case.arguments)
     cotangent = np.random.default_rng(1).normal(size=aval.shape).astype(aval.dtype)
     ours = operator.contestant or partial(of_jax, partial(operator.function, **case.options))
-    contestants = {OURS: ours(case)(arguments, cotangent)}
-    notes = {}
-    for name, of_case in operator.baselines.items():
+    contestants, notes = {}, {}
+    for name, of_case in {OURS: ours, **operator.baselines}.items():
+        if names is not None and name not in names:
+            continue
         prepare = of_case(case)
         if prepare is None:
             notes[name] = "can't run this"
         else:
             contestants[name] = prepare(arguments, cotangent)
     passes = PASSES if case.differentiable else PASSES[:1]
+    # Before the check: what that allocates would count.
+    peaks = {
+        what: _peak_memory(getattr(contestant, call))
+        for contestant in (contestants.values() if names is not None and len(names) == 1 else ())
+        for what, call in zip(passes, ("forward", "gradients"), strict=False)
+    }
     tolerance = operator.tolerance or TOLERANCE.get(case.arguments[0].dtype.name, 0.0)
     check = _checker(reference, case, arguments, cotangent, tolerance)
     for name, contestant in list(contestants.items()):
@@ -117,7 +151,8 @@ def time_case(operator: Operator, case: Case) -> Iterator[Timing]:
             del contestants[name]
     for what in passes:
         for timing in _time(contestants, what):
-            yield timing._replace(operator=operator.name, case=case.name)
+            memory = peaks.get(what, float("nan"))
+            yield timing._replace(operator=operator.name, case=case.name, memory=memory)
         for name, note in notes.items():
             yield Timing(operator.name, case.name, what, name, note=note)
 
@@ -156,6 +191,26 @@ def _checker(
     return check
 
 
+def _peak_memory(call: Callable[[], Any]) -> float:
+    """Megabytes that a call takes beyond what is resident already, the second time, which compiles nothing."""
+    call()
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # What the first call left to the allocator would not count.
+        Path("/proc/self/clear_refs").write_text("5")  # The peak is what is resident now.
+        before = _resident("VmRSS")
+        call()
+        return (_resident("VmHWM") - before) / 1e3
+    except (OSError, AttributeError):
+        return float("nan")
+
+
+def _resident(which: str) -> int:
+    """Kilobytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(which))
+
+
 def _time(contestants: Mapping[str, Contestant], what: str) -> Iterator[Timing]:
     runs = {n: c.forward if what == PASSES[0] else c.gradients for n, c in contestants.items()}
     for call in runs.values():
@@ -181,8 +236,10 @@ def _line(t: Timing) -> str:
     if t.note:
         return f"{head}{t.note:70}  {t.contestant}"
     spread = f"{t.median:9.3f} [{t.low:.3f}, {t.high:.3f}] best {t.best:.3f}"
-    ratio = "" if t.contestant == OURS else f"{t.ratio:.2f}x [{t.ratio_low:.2f}, {t.ratio_high:.2f}]"
-    return f"{head}{spread:46}{ratio:24}  {t.contestant}"
+    quartiles = "" if np.isnan(t.ratio_low) else f" [{t.ratio_low:.2f}, {t.ratio_high:.2f}]"
+    ratio = "" if t.contestant == OURS else f"{t.ratio:.2f}x{quartiles}"
+    memory = "" if np.isnan(t.memory) else f"{t.memory:8.1f} MB"
+    return f"{head}{spread:46}{ratio:24}{memory}  {t.contestant}"
 
 
 def _pyplot() -> Any:

@@ -298,10 +298,12 @@ def _bench(values: flags.FlagValues, names: list[str]) -> int:
       pallas-kernels bench
       pallas-kernels bench depthwise_conv --only 56x56 --out times.csv
       pallas-kernels bench he
+      pallas-kernels bench fft_conv --apart
     """
     from pallas_kernels import bench
 
-    return bench.run([o.name for o in _operators(names, benchmarks)], out=values.out, only=values.only)
+    chosen = [o.name for o in _operators(names, benchmarks)]
+    return bench.run(chosen, out=values.out, only=values.only, apart=values.apart)
 
 
 def _demo(values: flags.FlagValues, names: list[str]) -> int:
@@ -386,6 +388,7 @@ COMMANDS = {
         (
             (flags.DEFINE_string, "out", None, "the CSV to write"),
             (flags.DEFINE_string, "only", None, "time the cases with this in their name"),
+            (flags.DEFINE_bool, "apart", False, "a process for each contestant, and its peak memory"),
         ),
     ),
     "demo": Command(

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import bench, operators
@@ -135,3 +136,25 @@ def test_depthwise_baselines_are_right() -> None:
 def test_depthwise_baselines_leave_out_what_they_can_t_run() -> None:
     one_dimensional = Case("9", tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in [(2, 9, 6), (3, 6)]))
     assert all(of_case(one_dimensional) is None for of_case in baselines(lambda case: None).values())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_peak_memory_is_what_a_call_takes() -> None:
+    assert 60 < bench._peak_memory(lambda: np.ones(1 << 23).sum()) < 90
+    assert bench._peak_memory(lambda: None) < 5
+
+
+def test_one_contestant_alone() -> None:
+    rows = bench._time_alone("scaled", "8x128", "the same")
+    assert [(r.what, r.contestant, r.note) for r in rows] == [(what, "the same", "") for what in bench.PASSES]
+    assert all(r.memory < 100 and r.median > 0 for r in rows)
+
+
+@pytest.mark.slow
+def test_every_contestant_has_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    operator = operators.operators()["fft_conv"]
+    rows = list(bench.time_case_apart(operator, operator.bench_cases()[0]))
+    assert {r.contestant for r in rows} == {bench.OURS, *operator.baselines}
+    for r in rows:
+        assert r.note or (r.median > 0 and (r.contestant != bench.OURS or r.ratio == 1))

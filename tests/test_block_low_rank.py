@@ -296,6 +296,7 @@ def test_what_lies_between_the_factors_is_stated(name, target):
     (call,) = aot._pallas_calls(program, aot.TARGETS[target])
     (result,) = (v.aval for v in call.outvars)
     work = aot._work(call)
+    assert work
     if (name, target) == ("blast_matmul", "sm_90"):
         assert work.intermediate_bytes == result.size * result.dtype.itemsize == 2 * 6 * 1024 * 192
     else:

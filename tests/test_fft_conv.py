@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import pallas_kernels as pk
 from pallas_kernels import aot, fourier, lowering, testing
 from pallas_kernels.gpu import fft_conv as gpu
+from pallas_kernels.ops import _fft_conv_xla as xla
 from pallas_kernels.ops.fft_conv import OPERATOR, reference
 from pallas_kernels.tpu import fft_conv as tpu
 
@@ -148,7 +149,7 @@ def test_precisions_keep_their_promise(platform, precision, random):
     assert better[precision] < error(y, direct(u, k)) <= ERRORS[precision]
 
 
-@pytest.mark.parametrize("length", [1 << 13, 50_000, 1 << 17])
+@pytest.mark.parametrize("length", [1 << 13, 50_000, 1 << 17, pytest.param(1 << 20, marks=pytest.mark.slow)])
 def test_long_sequences_in_xla(length, random):
     u, k = normal(random, 1, length, 1), normal(random, length, 1)
     with lowering.enable_x64():
@@ -169,15 +170,19 @@ def test_outer_passes(platform, passes, random, monkeypatch):
 
     monkeypatch.setattr(module, "_plan", longer)
     length = int(np.prod(factors[passes])) * 256 - 5
-    u, k = normal(random, 2, length, 2), normal(random, 2, length // 2, 2)
+    u, before, after, g = (normal(random, 2, length, 2) for _ in range(4))
+    k = normal(random, 2, length // 2, 2)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def everything(conv, *arrays):
+        y, vjp = jax.vjp(lambda u, k, i, o: conv(u, k, gate_in=i, gate_out=o, mode="bidirectional"), *arrays)
+        return y, *vjp(g)
+
     jax.clear_caches()
     with testing.interpret(platform):
-        conv = functools.partial(pk.fft_conv, mode="bidirectional", implementation="pallas")
-        y, vjp = jax.vjp(conv, u, k)
-        got = y, *vjp(jnp.cos(y))
+        got = everything(functools.partial(pk.fft_conv, implementation="pallas"), u, k, before, after)
     jax.clear_caches()
-    expected, vjp = jax.vjp(functools.partial(reference, mode="bidirectional"), u, k)
-    assert_close(got, (expected, *vjp(jnp.cos(y))), 2e-6)
+    assert_close(got, everything(reference, u, k, before, after), 2e-6)
 
 
 # Causality
@@ -261,6 +266,30 @@ def test_gradients_of_every_argument(conv, random):
         expected = gradients(with_gates(reference), 5)(*wide)
     for got, want in zip(gradients(with_gates(conv), 5)(*arrays), expected, strict=True):
         assert error(got, want) <= 2e-6
+
+
+@pytest.mark.parametrize("gate", ["gate_in", "gate_out"])
+def test_gradients_with_one_gate(conv, gate, random):
+    u, k, g = normal(random, 2, 20, 2), normal(random, 20, 2), normal(random, 2, 20, 2, dtype=jnp.bfloat16)
+    got = gradients(lambda u, k, g: conv(u, k, **{gate: g}), 3)(u, k, g)
+    with lowering.enable_x64():
+        wide = [a.astype(jnp.float64) for a in (u, k, g)]
+        expected = gradients(lambda u, k, g: reference(u, k, **{gate: g}), 3)(*wide)
+    assert [a.dtype for a in got] == [u.dtype, k.dtype, g.dtype]
+    for a, want, tolerance in zip(got, expected, (2e-6, 2e-6, 3e-3), strict=True):
+        assert error(a, want) <= tolerance
+
+
+def test_channels_side_by_side_are_the_same(random, monkeypatch):
+    u, k, gate = normal(random, 2, 20, 8), normal(random, 20, 8), normal(random, 2, 20, 8)
+    all_gradients = gradients(lambda u, k, g: pk.fft_conv(u, k, gate_out=g, implementation="xla"), 3)
+    expected = all_gradients(u, k, gate)
+    monkeypatch.setattr(xla, "MANY", 1)
+    jax.clear_caches()
+    text = str(jax.make_jaxpr(all_gradients)(u, k, gate))
+    assert "f32[2,20,2]" in text
+    assert_close(all_gradients(u, k, gate), expected, 1e-6)
+    jax.clear_caches()
 
 
 def test_kernel_gradient_of_a_large_batch(conv, random):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import fourier
-from pallas_kernels.fourier import Lags, Plan
+from pallas_kernels.fourier import Gates, Lags, Plan
 
 LANES = 128
 # The longest sequence of one kernel, and what is left for the kernel of a longer one.
@@ -20,23 +20,25 @@ BLOCK, OUTER_BLOCK = 1 << 17, 1 << 17
 
 
 def convolve(
-    v: jax.Array, h: jax.Array, *, lags: Lags, parts: int, mask: Any, transposed: bool, interpret: Any = False
-) -> jax.Array:
+    v: jax.Array, h: jax.Array, gates: Gates, *,
+    lags: Lags, parts: int, mask: Any, transposed: bool, interpret: Any = False,
+) -> jax.Array:  # fmt: skip
     """See `fourier.convolve`."""
-    x = _loadable(v)
-    plan = _plan(x.shape, parts, mask)
-    return fourier.convolve(
-        x, h, lags, plan, transposed=transposed, platform="tpu", interpret=interpret
-    ).astype(v.dtype)
+    plan = _plan(v.shape, parts, mask)
+    x, gates = jax.tree.map(_loadable, (v, gates))
+    y = fourier.convolve(x, h, gates, lags, plan, transposed=transposed, platform="tpu", interpret=interpret)
+    return y.astype(v.dtype)
 
 
 def gradients(
-    v: jax.Array, h: jax.Array, g: jax.Array, *, lags: Lags, parts: int, mask: Any, interpret: Any = False
-) -> tuple[jax.Array, jax.Array]:
+    v: jax.Array, h: jax.Array, gates: Gates, g: jax.Array, *,
+    lags: Lags, parts: int, mask: Any, interpret: Any = False,
+) -> tuple[jax.Array, jax.Array, Gates]:  # fmt: skip
     """See `fourier.gradients`."""
-    x, plan = _loadable(v), _plan(v.shape, parts, mask)
-    dv, dh = fourier.gradients(x, h, _loadable(g), lags, plan, platform="tpu", interpret=interpret)
-    return dv.astype(v.dtype), dh
+    plan = _plan(v.shape, parts, mask)
+    x, of_gates, g = jax.tree.map(_loadable, (v, gates, g))
+    dv, dh, dgates = fourier.gradients(x, h, of_gates, g, lags, plan, platform="tpu", interpret=interpret)
+    return dv.astype(v.dtype), dh, jax.tree.map(lambda d, gate: d.astype(gate.dtype), dgates, gates)
 
 
 def _plan(shape: tuple[int, ...], parts: int, mask: Any) -> Plan:

@@ -36,55 +36,105 @@ class Matrices(NamedTuple):
     right_back: Any
 
 
-def convolve(x_ref: Any, spectrum_ref: Any, *refs: Any, conjugate: bool) -> None:
+class Gated(NamedTuple):
+    """Which gates a convolution has, one on its input, one on its output."""
+
+    before: bool = False
+    after: bool = False
+
+
+def convolve(x_ref: Any, spectrum_ref: Any, *refs: Any, gated: Gated, conjugate: bool) -> None:
     """Multiply the spectra of a block of sequences by one spectrum, or its conjugate: o = F* (spectrum . F x).
 
     Args:
       x_ref, o_ref (the last of `refs`): [sequences, ..., n2], real or with planes before the rows.
       spectrum_ref: [plane, k1, k2], the scale 1 / length of the inverse transform included.
-      refs: the `Matrices`, then o_ref.
+      refs: the gates, like x_ref, of x and of o; the `Matrices`; o_ref.
     """
-    *matrices, o_ref = refs
-    m = Matrices(*matrices)
+    before, after, m, (o_ref,) = _named(refs, gated)
 
     def sequence(i: Any, _: None) -> None:
-        product = _multiply(_transform(x_ref[i], m), (spectrum_ref[0], spectrum_ref[1]), conjugate)
-        o_ref[i] = _transform_back(product, m).reshape(o_ref.shape[1:]).astype(o_ref.dtype)
+        product = _multiply(
+            _transform(_load(x_ref, before, i), m), (spectrum_ref[0], spectrum_ref[1]), conjugate
+        )
+        _store(o_ref, i, _transform_back(product, m), after)
 
     _loop(o_ref.shape[0], sequence, None)
 
 
-def gradients(x_ref: Any, g_ref: Any, spectrum_ref: Any, *refs: Any) -> None:
+def gradients(x_ref: Any, g_ref: Any, spectrum_ref: Any, *refs: Any, gated: Gated) -> None:
     """The gradients of `convolve`: dx = F* (conj(spectrum) . F g) and dspectrum = sum of conj(F x) . F g.
 
     Args:
       x_ref, g_ref, dx_ref: blocks of sequences, as in `convolve`.
-      refs: the `Matrices`, then dx_ref and dspectrum_ref, of the block's own sum: [plane, k1, k2].
+      refs: the gates; the `Matrices`; then dx_ref, the gradients of the gates, and dspectrum_ref, of the block's own
+        sum: [plane, k1, k2].
     """
-    *matrices, dx_ref, dspectrum_ref = refs
-    m = Matrices(*matrices)
+    before, after, m, (dx_ref, *others, dspectrum_ref) = _named(refs, gated)
+    spectrum = spectrum_ref[0], spectrum_ref[1]
 
     def sequence(i: Any, total: Planes) -> Planes:
-        g = _transform(g_ref[i], m)
-        dx = _transform_back(_multiply(g, (spectrum_ref[0], spectrum_ref[1]), True), m)
-        dx_ref[i] = dx.reshape(dx_ref.shape[1:]).astype(dx_ref.dtype)
-        re, im = _multiply(g, _transform(x_ref[i], m), True)
+        made = iter(others)
+        g = _transform(_load(g_ref, after, i), m)
+        dx = _transform_back(_multiply(g, spectrum, True), m)
+        _store(dx_ref, i, dx, before)
+        if gated.before:
+            _store(next(made), i, dx, x_ref)
+        x = _transform(_load(x_ref, before, i), m)
+        if gated.after:
+            _store(
+                next(made),
+                i,
+                _transform_back(_multiply(x, spectrum, False), m),
+                g_ref,
+            )
+        re, im = _multiply(g, x, True)
         return total[0] + re, total[1] + im
 
     zeros = jnp.zeros(dspectrum_ref.shape[1:], jnp.float32)
     dspectrum_ref[0], dspectrum_ref[1] = _loop(dx_ref.shape[0], sequence, (zeros, zeros))
 
 
-def outer_transform(x_ref: Any, left_ref: Any, twiddle_ref: Any, o_ref: Any) -> None:
-    """The first factor of a longer transform: [..., n0, m] to [plane, k0, m], a block of the columns m."""
-    re, im = _rotate(_from_samples(x_ref[...], left_ref), twiddle_ref)
+def outer_transform(x_ref: Any, *refs: Any) -> None:
+    """The first factor of a longer transform: [..., n0, m] to [plane, k0, m], a block of the columns m.
+
+    Args:
+      refs: a gate of x, if it has one; the left matrix; the twiddle; the result.
+    """
+    *gate, left_ref, twiddle_ref, o_ref = refs
+    x = _load(x_ref, gate[0] if gate else None, ...)
+    re, im = _rotate(_from_samples(x, left_ref), twiddle_ref)
     o_ref[0], o_ref[1] = re.astype(o_ref.dtype), im.astype(o_ref.dtype)
 
 
-def outer_transform_back(x_ref: Any, left_back_ref: Any, twiddle_ref: Any, o_ref: Any) -> None:
-    """The transpose of `outer_transform`: [plane, k0, m] to [..., n0, m]."""
+def outer_transform_back(x_ref: Any, left_back_ref: Any, twiddle_ref: Any, *refs: Any) -> None:
+    """The transpose of `outer_transform`: [plane, k0, m] to [..., n0, m].
+
+    Args:
+      refs: what it is multiplied by, and as many products; or nothing, and the result itself.
+    """
     y = _to_samples(_rotate_back((x_ref[0], x_ref[1]), twiddle_ref), left_back_ref)
-    o_ref[...] = y.reshape(o_ref.shape).astype(o_ref.dtype)
+    factors, results = refs[: len(refs) // 2], refs[len(refs) // 2 :]
+    for factor, o_ref in zip(factors or [None], results, strict=True):
+        _store(o_ref, ..., y, factor)
+
+
+def _named(refs: Sequence[Any], gated: Gated) -> tuple[Any, Any, Matrices, Sequence[Any]]:
+    """The gates or None, the matrices, and what comes after them."""
+    rest = iter(refs)
+    before, after = (next(rest) if has else None for has in gated)
+    return before, after, Matrices(*(next(rest) for _ in Matrices._fields)), list(rest)
+
+
+def _load(ref: Any, gate_ref: Any, i: Any) -> jax.Array:
+    if gate_ref is None:
+        return ref[i]
+    return ref[i].astype(jnp.float32) * gate_ref[i].astype(jnp.float32)
+
+
+def _store(ref: Any, i: Any, y: jax.Array, factor_ref: Any) -> None:
+    y = y.reshape(ref.shape if i is ... else ref.shape[1:])
+    ref[i] = (y if factor_ref is None else y * factor_ref[i].astype(jnp.float32)).astype(ref.dtype)
 
 
 def _transform(x: jax.Array, m: Matrices) -> Planes:

@@ -6,30 +6,65 @@ points for every row, of samples that are rotated by exp(i pi n / 2 N), where th
 2 L points: there is no padding to write, read and transform, and memory is what limits transforms on a CPU.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.fourier import Lags
+from pallas_kernels.fourier import Gates, Lags
+
+# From so many samples on, channels are cut into so many parts.
+MANY, PARTS = 1 << 20, 4
 
 
-def convolve(v: jax.Array, h: jax.Array, lags: Lags, *, transposed: bool) -> jax.Array:
+def convolve(v: jax.Array, h: jax.Array, gates: Gates, *, lags: Lags, transposed: bool) -> jax.Array:
     """The convolution of v (B, L, C) with h (taps, C), or its transpose, in v's dtype."""
-    n = _points(lags.length)
-    spectrum = _spectrum(h, lags, n, _accumulator(v.dtype))
-    return _back(_transform(v, n) * (spectrum.conj() if transposed else spectrum), v)
+
+    def some_channels(v: jax.Array, h: jax.Array, gates: Gates) -> jax.Array:
+        n = _points(lags.length)
+        spectrum = _spectrum(h, lags, n, _accumulator(v.dtype))
+        of_v = _transform(_times(v, gates[0]), n)
+        y = _back(of_v * (spectrum.conj() if transposed else spectrum), v)
+        return _times(y, gates[1]).astype(v.dtype)
+
+    return _side_by_side(some_channels, v, h, gates)
 
 
-def gradients(v: jax.Array, h: jax.Array, g: jax.Array, lags: Lags) -> tuple[jax.Array, jax.Array]:
-    """The gradients of `convolve` in v and in h for the cotangent g, in v's dtype and in float32 or wider."""
-    n = _points(lags.length)
-    of_g = _transform(g, n)
-    dv = _back(of_g * _spectrum(h, lags, n, _accumulator(v.dtype)).conj(), v)
-    z = jnp.fft.ifft(jnp.sum(_transform(v, n).conj() * of_g, 0)) * _rotation(n, of_g.dtype).conj()
-    before, after = -z.imag[:, n - lags.zero :], z.real[:, : lags.taps - lags.zero]
-    return dv, jnp.concatenate([before, after], 1).T
+def gradients(
+    v: jax.Array, h: jax.Array, gates: Gates, g: jax.Array, *, lags: Lags
+) -> tuple[jax.Array, jax.Array, Gates]:
+    """The gradients of `convolve` in v, in h and in the gates for the cotangent g; that of h in float32 or wider."""
+
+    def some_channels(v: jax.Array, h: jax.Array, gates: Gates, g: jax.Array) -> Any:
+        n, (before, after) = _points(lags.length), gates
+        spectrum = _spectrum(h, lags, n, _accumulator(v.dtype))
+        of_v, of_g = _transform(_times(v, before), n), _transform(_times(g, after), n)
+        dv = _back(of_g * spectrum.conj(), v)
+        z = jnp.fft.ifft(jnp.sum(of_v.conj() * of_g, 0)) * _rotation(n, of_g.dtype).conj()
+        dh = jnp.concatenate([-z.imag[:, n - lags.zero :], z.real[:, : lags.taps - lags.zero]], 1).T
+        dbefore = None if before is None else _times(dv, v).astype(before.dtype)
+        dafter = None if after is None else _times(_back(of_v * spectrum, v), g).astype(after.dtype)
+        return _times(dv, before).astype(v.dtype), dh, (dbefore, dafter)
+
+    return _side_by_side(some_channels, v, h, gates, g)
+
+
+def _side_by_side(function: Callable[..., Any], v: jax.Array, *arrays: Any) -> Any:
+    """`function` of some channels at a time, where they are many: XLA runs them beside each other, up to a third faster
+    than one after the other, each pass over memory waiting for the last.
+    """
+    if v.size < MANY or v.shape[-1] % PARTS:
+        return function(v, *arrays)
+    leaves, tree = jax.tree.flatten((v, *arrays))
+    cut = zip(*(jnp.split(a, PARTS, -1) for a in leaves), strict=True)
+    results = [function(*jax.tree.unflatten(tree, part)) for part in cut]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, -1), *results)
+
+
+def _times(x: jax.Array, gate: jax.Array | None) -> jax.Array:
+    return x if gate is None else x.astype(_accumulator(x.dtype)) * gate.astype(_accumulator(x.dtype))
 
 
 def _transform(v: jax.Array, n: int) -> jax.Array:
@@ -41,7 +76,7 @@ def _transform(v: jax.Array, n: int) -> jax.Array:
 def _back(spectrum: jax.Array, like: jax.Array) -> jax.Array:
     z = jnp.fft.ifft(spectrum)[..., : like.shape[1]]
     rotation = _rotation(spectrum.shape[-1], z.dtype)[: like.shape[1]]
-    return (z.real * rotation.real + z.imag * rotation.imag).swapaxes(1, 2).astype(like.dtype)
+    return (z.real * rotation.real + z.imag * rotation.imag).swapaxes(1, 2)
 
 
 def _spectrum(h: jax.Array, lags: Lags, n: int, dtype: np.dtype) -> jax.Array:

@@ -252,5 +252,6 @@ OPERATOR = Operator(
     compile_cases=lambda full: [*_cases(jnp.bfloat16, layers(full)), *_odd_calls()],
     bench_cases=lambda: _cases(jnp.float32, timed_layers()),
     baselines=baselines(to_dense, _torch_form),
+    family="blr",
     rivals=rivals(blast_matmul, lambda case: case.arguments[1].shape[0] * case.arguments[1].shape[2]),
 )

@@ -115,5 +115,6 @@ OPERATOR = Operator(
     compile_cases=lambda full: [_of_layer(n, layer) for n, layer in layers(full)],
     bench_cases=lambda: [_of_layer(n, layer, jnp.float32) for n, layer in timed_layers()],
     baselines=baselines(to_dense, lambda x, u, v: (x @ v.T) @ u),
+    family="blr",
     rivals=rivals(low_rank_matmul, lambda case: case.arguments[1].shape[1]),
 )
