@@ -21,7 +21,14 @@ KERNELS = {
         "depthwise_conv_input_gradient",
         "depthwise_conv_weight_gradient",
     },
-    "fft_conv": {"fft_conv", "fft_conv_gradients", "fft_conv_outer", "fft_conv_outer_back"},
+    "fft_conv": {
+        "fft_conv",
+        "fft_conv_gated",
+        "fft_conv_gradients",
+        "fft_conv_gradients_gated",
+        "fft_conv_outer",
+        "fft_conv_outer_back",
+    },
     "low_rank_matmul": set[str](),  # two products that XLA does as fast
     "mod_matmul": {"mod_matmul"},
     "modular": {"modular_mul_add"},
