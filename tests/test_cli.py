@@ -172,11 +172,15 @@ def test_check_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 
 def test_bench_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    bench = SimpleNamespace(run=lambda names, out, only: calls.append((names, out, only)) or 3)
+    bench = SimpleNamespace(run=lambda names, **options: calls.append((names, options)) or 3)
     monkeypatch.setattr(pallas_kernels, "bench", bench, raising=False)
-    assert cli.main(["bench", "--out=times.csv", "double", "--only", "56"]) == 3
+    monkeypatch.setattr(cli, "benchmarks", lambda: {"double": DOUBLE})
+    assert cli.main(["bench", "--out=times.csv", "double", "--only", "56", "--apart"]) == 3
     assert cli.main(["bench"]) == 3
-    assert calls == [(["double"], "times.csv", "56"), (["double"], None, None)]
+    assert calls == [
+        (["double"], {"out": "times.csv", "only": "56", "apart": True}),
+        (["double"], {"out": None, "only": None, "apart": False}),
+    ]
 
 
 def test_demo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

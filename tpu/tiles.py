@@ -17,8 +17,8 @@ def vmem_bytes() -> int:
 
 
 def vmem_budget() -> int:
-    """What a kernel may take of it: XLA keeps some for itself, and for operands of other programs."""
-    return min(vmem_bytes() * 7 // 8, 100 << 20)
+    """What a kernel may take of it: XLA keeps some for itself, and overfills the rest if a kernel may take most."""
+    return min(vmem_bytes() * 7 // 8, 64 << 20)
 
 
 def token_tiles(n: int) -> list[tuple[int, int]]:
