@@ -4,6 +4,7 @@
 arrays, moves them to where it runs, and returns a `Contestant`.
 """
 
+import importlib.metadata
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +29,14 @@ class Contestant(NamedTuple):
 
 
 Prepare = Callable[[Sequence[np.ndarray], np.ndarray], Contestant]
+
+
+def versioned(package: str, how: str) -> str:
+    """What tables call a package's implementation: its version and how it runs, or that it isn't installed."""
+    try:
+        return f"{package} {importlib.metadata.version(package)}, {how}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{package} (not installed)"
 
 
 def of_jax(function: Callable[..., jax.Array], case: Case) -> Prepare:

@@ -1,6 +1,5 @@
 """Products of encrypted vectors, timed beside those of Microsoft SEAL by way of TenSEAL."""
 
-import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.baselines import Contestant, Prepare
+from pallas_kernels.baselines import Contestant, Prepare, versioned
 from pallas_kernels.he import ckks
 from pallas_kernels.operators import Case, Operator
 
@@ -27,13 +26,6 @@ def _ours(case: Case) -> Prepare:
         return Contestant(lambda: jax.block_until_ready(product(x, y, keys)), lambda: None, to_numpy)
 
     return prepare
-
-
-def _tenseal_name() -> str:
-    try:
-        return f"TenSEAL {importlib.metadata.version('tenseal')}, one thread"
-    except importlib.metadata.PackageNotFoundError:
-        return "TenSEAL (not installed)"
 
 
 def _tenseal(case: Case) -> Prepare | None:
@@ -80,7 +72,7 @@ BENCHMARK = Operator(
     parity_cases=list,
     compile_cases=lambda full: [],
     bench_cases=lambda: [_case(2**13, 2, 40, 2), _case(2**14, 6, 46, 3)],
-    baselines={_tenseal_name(): _tenseal},
+    baselines={versioned("TenSEAL", "one thread"): _tenseal},
     contestant=_ours,
     tolerance=1e-6,
 )

@@ -1,7 +1,6 @@
 """What the products with block-low-rank matrices share: checks, the choice of a launcher, layers, PyTorch's forms."""
 
 import functools
-import importlib.metadata
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dispatch, lowering
-from pallas_kernels.baselines import Contestant, Prepare, of_jax
+from pallas_kernels.baselines import Contestant, Prepare, of_jax, versioned
 from pallas_kernels.blocks import Blocks
 from pallas_kernels.dispatch import Launcher
 from pallas_kernels.operators import Case
@@ -157,7 +156,7 @@ def baselines(
     """
     return {
         "XLA, dense": lambda case: functools.partial(_dense, case, to_dense),
-        _torch_name(): lambda case: _torch(case, torch_form),
+        versioned("torch", f"{os.cpu_count()} threads"): lambda case: _torch(case, torch_form),
     }
 
 
@@ -190,13 +189,6 @@ def _dense(
     contestant = dense([x, matrix], cotangent)
     # The gradient of the matrix is computed, but there are only those of factors to compare it with.
     return contestant._replace(to_numpy=lambda out: contestant.to_numpy(out)[:2])
-
-
-def _torch_name() -> str:
-    try:
-        return f"torch {importlib.metadata.version('torch')}, {os.cpu_count()} threads"
-    except importlib.metadata.PackageNotFoundError:
-        return "torch (not installed)"
 
 
 def _torch(case: Case, form: Callable[..., Any]) -> Prepare | None:

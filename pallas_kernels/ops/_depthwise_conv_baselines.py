@@ -1,6 +1,5 @@
 """Depthwise convolution as XLA, PyTorch and a plain Triton kernel have it, to be timed beside ours."""
 
-import importlib.metadata
 import importlib.util
 import os
 import time
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from pallas_kernels.baselines import Contestant, Prepare, of_jax
+from pallas_kernels.baselines import Contestant, Prepare, of_jax, versioned
 from pallas_kernels.operators import Case
 
 # A case's (strides, padding, dilation) as plain numbers, or None if a baseline can't run it.
@@ -30,7 +29,11 @@ def baselines(geometry: Geometry) -> Mapping[str, Callable[[Case], Prepare | Non
 
         return of_case
 
-    return {"lax.conv_general_dilated": run(_lax), "jax-triton": run(_triton), _torch_name(): run(_torch)}
+    return {
+        "lax.conv_general_dilated": run(_lax),
+        "jax-triton": run(_triton),
+        versioned("torch", f"{os.cpu_count()} threads, the better layout"): run(_torch),
+    }
 
 
 def _lax(case: Case, strides: Any, padding: Any, dilation: Any) -> Prepare:
@@ -58,13 +61,6 @@ def _triton(case: Case, strides: Any, padding: Any, dilation: Any) -> Prepare | 
     from pallas_kernels.gpu._depthwise_conv_triton import convolve
 
     return of_jax(convolve, case)
-
-
-def _torch_name() -> str:
-    try:
-        return f"torch {importlib.metadata.version('torch')}, {os.cpu_count()} threads, the better layout"
-    except importlib.metadata.PackageNotFoundError:
-        return "torch (not installed)"
 
 
 def _torch(case: Case, strides: Any, padding: Any, dilation: Any) -> Prepare | None:

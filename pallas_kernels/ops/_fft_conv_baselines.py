@@ -1,6 +1,5 @@
 """Long convolution by the Fourier transforms of jax.numpy, PyTorch and SciPy, to be timed beside ours."""
 
-import importlib.metadata
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.baselines import Contestant, Prepare, of_jax
+from pallas_kernels.baselines import Contestant, Prepare, of_jax, versioned
 from pallas_kernels.operators import Case
 
 
@@ -22,16 +21,9 @@ def baselines() -> Mapping[str, Callable[[Case], Prepare | None]]:
 
     return {
         "jnp.fft, real": run(_jnp),
-        f"torch.fft, real, {os.cpu_count()} threads, {_version('torch')}": run(_torch),
-        f"scipy.signal.oaconvolve, {_version('scipy')}": run(_scipy),
+        versioned("torch", f"real FFT, {os.cpu_count()} threads"): run(_torch),
+        versioned("scipy", "oaconvolve"): run(_scipy),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _jnp(case: Case) -> Prepare:

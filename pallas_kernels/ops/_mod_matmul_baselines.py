@@ -1,24 +1,16 @@
 """Modular matrix products as FLINT has them, to be timed beside ours."""
 
-import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from pallas_kernels.baselines import Contestant, Prepare
+from pallas_kernels.baselines import Contestant, Prepare, versioned
 from pallas_kernels.operators import Case
 
 
 def baselines() -> Mapping[str, Callable[[Case], Prepare | None]]:
-    return {flint_name("nmod_mat"): _flint}
-
-
-def flint_name(what: str) -> str:
-    try:
-        return f"python-flint {importlib.metadata.version('python-flint')}, {what}, one thread"
-    except importlib.metadata.PackageNotFoundError:
-        return "python-flint (not installed)"
+    return {versioned("python-flint", "nmod_mat, one thread"): _flint}
 
 
 def _flint(case: Case) -> Prepare | None:

@@ -5,13 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from pallas_kernels.baselines import Contestant, Prepare
+from pallas_kernels.baselines import Contestant, Prepare, versioned
 from pallas_kernels.operators import Case
-from pallas_kernels.ops._mod_matmul_baselines import flint_name
 
 
 def baselines() -> Mapping[str, Callable[[Case], Prepare | None]]:
-    return {flint_name("nmod_poly without the reduction by X^n + 1"): _flint}
+    return {versioned("python-flint", "nmod_poly without the reduction by X^n + 1, one thread"): _flint}
 
 
 def _flint(case: Case) -> Prepare | None:
