@@ -168,7 +168,7 @@ def _compile(values: flags.FlagValues, names: list[str]) -> int:
 
     The exit status is 1 if one doesn't compile, doesn't fit, or spills registers. For TPUs, the table has
     the cycles that their compiler estimates, and the share of the roofline that those are: counting the true
-    work, and counting the padded work.
+    work, and counting the padded work; `around` are the cycles of XLA's copies and arithmetic beside the kernels.
 
     Example:
       pallas-kernels compile
@@ -229,18 +229,19 @@ def _rows_of(path: str | None) -> list[tuple[str, ...]]:
 def _jobs(operator: Operator, case: Case, targets: Sequence[str], rivals: bool) -> Iterator[aot.Job]:
     programs = [(target, *program) for program in _passes(operator, case) for target in targets]
     if rivals:
-        estimating = [target for target in targets if target in aot.TPUS]
-        programs += [
-            (target, _AGAINST + name, *of_case(case))
-            for name, of_case in operator.rivals.items()
-            for target in estimating
+        in_xla = dataclasses.replace(operator, function=partial(operator.function, implementation="xla"))
+        others = [
+            *((f"{name}{_BY}XLA", fn, arguments) for name, fn, arguments in _passes(in_xla, case)),
+            *((f"forward{_BY}{name}", *of_case(case)) for name, of_case in operator.rivals.items()),
         ]
+        estimating = [target for target in targets if target in aot.TPUS]
+        programs += [(target, *other) for other in others for target in estimating]
     for target, name, fn, arguments in programs:
         yield aot.Job(fn, arguments, target, f"{operator.name} {case.name} {name}")
 
 
-# Before a rival's name, where a pass of ours has its own.
-_AGAINST = "forward, by "
+# Between the name of a pass and that of a rival.
+_BY = ", by "
 
 
 def _passes(operator: Operator, case: Case) -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
@@ -259,36 +260,37 @@ def _passes(operator: Operator, case: Case) -> Iterator[tuple[str, Callable[...,
         yield "gradients", gradients, (cotangent, *case.arguments)
 
 
-_COMPILED = ("call", "target", "kernel", "cycles", "true", "padded", "memory", "registers", "spill", "note")
+_COMPILED = (
+    "call", "target", "kernel", "cycles", "around", "true", "padded", "memory", "registers", "spill", "note"
+)  # fmt: skip
 
 
 def _compile_rows(report: aot.Report, rows: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
-    """One row a kernel; of a program without one, what XLA estimates, against the kernels among the `rows` so far."""
-
-    def percent(share: float | None) -> str:
-        return "-" if share is None else f"{share:.0%}"
-
+    """One row a kernel; of a program without one, what XLA estimates, against our program among the `rows` so far."""
+    around = _cell(report.around_cycles)
     for k in report.kernels:
-        cells = (
-            k.cycles,
-            percent(k.share),
-            percent(k.padded_share),
-            k.memory_bytes,
-            k.registers,
-            k.spill_bytes,
-        )
+        cells = map(_cell, (k.memory_bytes, k.registers, k.spill_bytes))
+        shares = ("-" if share is None else f"{share:.0%}" for share in (k.share, k.padded_share))
         between = k.work.intermediate_bytes if k.work else 0
         known = [k.no_cycles, f"{between} bytes that only the next product reads" if between else None]
         note = f"FAILED: {k.error}" if k.error else "; ".join(filter(None, known))
-        yield (report.name, report.target, k.name, *("-" if c is None else str(c) for c in cells), note)
+        yield (report.name, report.target, k.name, _cell(k.cycles), around, *shares, *cells, note)
+        # Once a program: the columns add up.
+        around = "-"
     if report.error and not any(k.error for k in report.kernels):
-        yield (report.name, report.target, *"-------", f"FAILED: {report.error}")
+        yield (report.name, report.target, *"--------", f"FAILED: {report.error}")
     elif not report.kernels:
-        note, (call, against, _) = "no Pallas kernel: XLA compiles it", report.name.partition(_AGAINST)
-        ours = [r[3] for r in rows if r[:2] == (f"{call}forward", report.target) and r[2] != "-"]
-        if against and ours and report.other_cycles and "-" not in ours:
-            note = f"{report.other_cycles / sum(map(int, ours)):.2f} times the kernel's"
-        yield (report.name, report.target, "-", str(report.other_cycles or "-"), *"-----", note)
+        note, (call, rival, _) = "no Pallas kernel: XLA compiles it", report.name.partition(_BY)
+        ours = [row for row in rows if row[:2] == (call, report.target)]
+        kernels, other = ([row[i] for row in ours] for i in (3, 4))
+        if rival and ours and report.around_cycles and "-" not in (*kernels, other[0]):
+            total = sum(map(int, (*kernels, other[0])))
+            note = f"{report.around_cycles / total:.2f} times ours"
+        yield (report.name, report.target, "-", "-", around, *"-----", note)
+
+
+def _cell(value: int | None) -> str:
+    return "-" if value is None else str(value)
 
 
 def _bench(values: flags.FlagValues, names: list[str]) -> int:
@@ -365,7 +367,7 @@ COMMANDS = {
                 flags.DEFINE_bool,
                 "rivals",
                 False,
-                "compile XLA's programs for the same job too, and hold cycles of TPU kernels against theirs",
+                "compile XLA's programs for the same job too, and hold their cycles against ours, on TPUs",
             ),
             (
                 flags.DEFINE_string,

@@ -13,7 +13,7 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from pallas_kernels.lowering import Platform
+from pallas_kernels.lowering import Platform, described_platform
 
 Implementation = Literal["xla", "pallas"]
 
@@ -77,10 +77,12 @@ def run(choice: Choice, *args: Any, name: str, xla: Callable[..., Any], tpu: Lau
 
     if (problem := _local_gpu_problem()) is not None:
         launchers["cuda"] = problem
+    # A kernel may take seconds to trace: those of other platforms are left out where it is known which one it is for.
+    described = described_platform()
     kernels = {
         platform: functools.partial(_guarded, name, launcher)
         for platform, launcher in launchers.items()
-        if not isinstance(launcher, str)
+        if not isinstance(launcher, str) and described in (None, platform)
     }
     if choice.implementation is None:
         return jax.lax.platform_dependent(*args, **kernels, default=xla) if kernels else xla(*args)

@@ -89,7 +89,10 @@ def launch(
         cost_estimate=pl.CostEstimate(flops=work.flops, bytes_accessed=work.bytes, transcendentals=0),
         metadata={name: str(value) for name, value in work._asdict().items() if name != "bytes"},
     )
-    return call(*operands)
+    # Where 64-bit types are enabled Python's integers would be among them, in indices too, and no accelerator's are.
+    # What is interpreted becomes part of a program for which they are enabled: JAX 0.7.2 can't mix the two.
+    with contextlib.nullcontext() if interpret else enable_x64(False):
+        return call(*operands)
 
 
 def varying_axes(x: jax.Array) -> frozenset[Any]:
@@ -133,10 +136,21 @@ def tpu_kind() -> str | None:
     """The kind of TPU that a program is traced for, as far as that is known: the one described, or the one here."""
     if isinstance(kind := described_kind.value, str):
         return kind
-    described = getattr(getattr(jax.sharding, "get_abstract_mesh", lambda: None)(), "abstract_device", None)
-    if described is not None:
-        return described.device_kind if described.device_kind.startswith("TPU") else None
+    if (device := _described_device()) is not None:
+        return device.device_kind if device.device_kind.startswith("TPU") else None
     return jax.devices()[0].device_kind if jax.default_backend() == "tpu" else None
+
+
+def described_platform() -> Platform | None:
+    """The accelerator that a program is traced for, where that was said: by a mesh, or for a machine without it."""
+    if isinstance(described_kind.value, str):
+        return "tpu"
+    platforms: dict[str, Platform] = {"tpu": "tpu", "gpu": "cuda"}
+    return platforms.get(getattr(_described_device(), "platform", ""))
+
+
+def _described_device() -> Any:
+    return getattr(getattr(jax.sharding, "get_abstract_mesh", lambda: None)(), "abstract_device", None)
 
 
 def _varying_struct(struct: jax.ShapeDtypeStruct, axes: frozenset[Any]) -> jax.ShapeDtypeStruct:

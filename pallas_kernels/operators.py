@@ -41,8 +41,8 @@ class Operator:
     compile_cases: calls at the shapes of real models; given `full=False`, a subset that covers every code path.
     bench_cases: calls that are timed.
     baselines: other people's implementations of the same call, by name; those that can't run a case return None.
-    rivals: programs of XLA's for the same job, by name: of a case, a function and its arguments. `compile --rivals`
-      holds the kernels' cycles against theirs.
+    rivals: other programs of XLA's for the same job than implementation="xla", by name: of a case, a function and its
+      arguments. `compile --rivals` holds their cycles against ours.
     family: a name for this operator and its kin together.
     contestant: how it is timed, where that is not `function` of a case's arguments alone.
     tolerance: what timed results may be off by, relative to their root mean square; None goes by their dtype.

@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import aot, lowering
+from pallas_kernels.aot import _crew, _worker
 
 pytest.importorskip("libtpu")
 pytest.importorskip("triton")
@@ -241,9 +242,16 @@ def test_where_the_profiler_aborts_bundles_are_counted(monkeypatch: pytest.Monke
     assert "the compiler died (SIGABRT): Static LLO profiling of" in str(kernel.no_cycles)
 
 
+def test_compilers_leave_no_logs() -> None:
+    logs = Path("/tmp/tpu_logs")  # whatever TMPDIR says
+    before = set(logs.glob("*"))
+    assert aot.compile(power_everywhere, X, target="v5e").compiled
+    assert set(logs.glob("*")) == before
+
+
 def test_crash_and_timeout(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     (tmp_path / "worker.py").write_text(STUB)
-    monkeypatch.setattr(aot._aot_worker, "__file__", str(tmp_path / "worker.py"))
+    monkeypatch.setattr(_worker, "__file__", str(tmp_path / "worker.py"))
     jobs = [aot.Job(power_everywhere, (X,), target) for target in ("v5e", "sm_80", "v5e")]
     crashed, late, again = aot.compile_many(jobs, workers=2, timeout=2)
     assert crashed == again
@@ -256,14 +264,14 @@ def test_crash_and_timeout(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> No
 
 def test_leaving_early_ends_the_children(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[int] = []
-    popen = aot.subprocess.Popen
+    popen = _crew.subprocess.Popen
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         process = popen(*args, **kwargs)
         started.append(process.pid)
         return process
 
-    monkeypatch.setattr(aot.subprocess, "Popen", recorded)
+    monkeypatch.setattr(_crew.subprocess, "Popen", recorded)
     reports = aot.compile_many([aot.Job(power_everywhere, (X,), "v5e")] * 6, workers=1)
     next(reports)
     reports.close()  # pyright: ignore[reportAttributeAccessIssue]
@@ -278,7 +286,7 @@ def test_a_killed_parent_leaves_no_child() -> None:
     parent = f"""
 import os, signal, subprocess, sys
 silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-child = subprocess.Popen([sys.executable, "-P", {aot._aot_worker.__file__!r}, "triton", str(2**34), str(os.getpid())],
+child = subprocess.Popen([sys.executable, "-P", {_worker.__file__!r}, "triton", str(2**34), str(os.getpid())],
                          stdin=subprocess.PIPE, start_new_session=True, **silent)
 os.set_inheritable(child.stdin.fileno(), True)
 holder = subprocess.Popen(["sleep", "30"], close_fds=False, **silent)
@@ -309,10 +317,29 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     """A child gets less than the machine has; what is never touched costs nothing here."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     hungry = f"lambda task: {{'code_bytes': len(bytearray({machine * 9 // 10}))}}"
-    worker = Path(aot._aot_worker.__file__).read_text()
+    worker = Path(_worker.__file__).read_text()
     (tmp_path / "worker.py").write_text(worker.replace("functools.partial(_triton, directory=dump)", hungry))
-    monkeypatch.setattr(aot._aot_worker, "__file__", str(tmp_path / "worker.py"))
+    monkeypatch.setattr(_worker, "__file__", str(tmp_path / "worker.py"))
     assert aot.compile(power_everywhere, X, target="sm_80").error == "MemoryError:"
+
+
+@pytest.mark.parametrize(("target", "programs"), [("v5e", 4), ("sm_80", 2)])
+def test_a_child_that_has_grown_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str, programs: int
+) -> None:
+    """What a compiler has taken it never gives back."""
+    worker = Path(_worker.__file__).read_text()
+    (tmp_path / "worker.py").write_text(worker.replace("memory // 4", "0"))
+    monkeypatch.setattr(_worker, "__file__", str(tmp_path / "worker.py"))
+    children: list[Any] = []
+    popen = _crew.subprocess.Popen
+    monkeypatch.setattr(
+        _crew.subprocess, "Popen", lambda *args, **kw: (children.append(popen(*args, **kw)), children[-1])[1]
+    )
+    calls = [(jax.ShapeDtypeStruct(X.shape, dtype),) for dtype in (jnp.float32, jnp.bfloat16)]
+    reports = list(aot.compile_many([aot.Job(power_everywhere, x, target) for x in calls], workers=1))
+    assert [r.error for r in reports] == [None, None]
+    assert len(children) == programs and {child.returncode for child in children} == {0}
 
 
 def test_unknown_target() -> None:
