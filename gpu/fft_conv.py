@@ -17,9 +17,11 @@ from pallas_kernels.fourier import Gates, Lags, Plan
 SMALLEST, FULL = 16, 64
 # What leaves a program's threads enough registers: the longest sequence of one kernel, by the number of parts; of one
 # between outer passes.
-LONGEST, INNER = {1: 4096, 2: 2048, 3: 2048}, 1024
-# The factors of outer passes.
-OUTER = 32, 16
+LONGEST, INNER = {1: 4096, 2: 2048, 3: 2048}, {1: 1024, 2: 1024, 3: 512}
+# The factors of outer passes, in the order in which they are tried.
+OUTER = 32, 16, 64
+# Points of an inner sequence from which on threads need eight warps to have registers enough, there and in the passes.
+WIDE = 512
 # Elements of a program's sequences, and of a block of an outer pass.
 BLOCK, OUTER_BLOCK = 1 << 14, 1 << 10
 
@@ -59,7 +61,7 @@ def _plan(shape: tuple[int, ...], parts: int, mask: Any) -> Plan:
     plan = Plan(
         outer=outer, rows=rows, columns=columns, batch=group, channels=1, block=1,
         outer_columns=max(SMALLEST, OUTER_BLOCK // (max(1, *outer, 0) * (1 + (parts == 3)))), parts=parts, kept=kept,
-        num_warps=4 if rows <= FULL else 8,
+        num_warps=8 if rows > FULL or (outer and points >= WIDE) else 4,
     )  # fmt: skip
     # In a loop over sequences all matrices stay in registers, where several parts or pairs of rows leave them no room.
     return plan.with_block(batch, 1 if parts > 1 or kept or outer else BLOCK)
@@ -74,7 +76,7 @@ def _passes(points: int, parts: int) -> tuple[tuple[int, ...], int]:
         for passes in itertools.count(1)
         for factors in itertools.combinations_with_replacement(OUTER, passes)
     )
-    return next(c for c in choices if SMALLEST**2 <= c[1] <= INNER)
+    return next(c for c in choices if SMALLEST**2 <= c[1] <= INNER[parts])
 
 
 def _power_of_two(kept: tuple[int, ...], size: int) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ from pallas_kernels.lowering import Platform, Work, launch
 Gates = tuple[jax.Array | None, jax.Array | None]
 
 # The shift of the frequencies that makes z^N = i, in quarters.
-_QUARTERS = -1
+QUARTERS = -1
 
 
 class Lags(NamedTuple):
@@ -193,57 +193,61 @@ class _Launch(NamedTuple):
         dtypes: of its results beside the spectrum's gradient, where no outer pass comes after it.
         """
         plan = self.plan
-        outer = math.prod(plan.outer)
         if plan.outer:
-            tail = 2, outer, plan.rows, plan.columns
+            tail = 2, math.prod(plan.outer), plan.rows, plan.columns
             arrays = [a.reshape(*a.shape[:2], *tail) for a in arrays]
             dtypes = [plan.between]
-        x = arrays[0]
-        channels, groups, *tail = x.shape
-        # A sequence is (rows, columns), or with outer passes (planes, which k0, rows, columns).
-        block, tail_index = (
-            ((2, None, *tail[-2:]), lambda k: (0, k, 0, 0)) if plan.outer else (tail, lambda k: (0, 0))
-        )
-        matrices = _matrices(plan)
-
-        def program(i: Any) -> tuple[Any, Any]:
-            return lax.div(i, jnp.int32(outer)), lax.rem(i, jnp.int32(outer))
-
-        def sequences(i: Any, j: Any) -> tuple[Any, ...]:
-            channel, k = program(i)
-            return channel, j, *tail_index(k)
-
-        of_sequences = pl.BlockSpec((None, plan.block, *block), sequences)
-        of_spectrum = pl.BlockSpec((None, None, *spectrum.shape[2:]), lambda i, j: (*program(i), 0, 0, 0))
+        channels, groups, *tail = arrays[0].shape
+        of_sequences, of_spectrum, of_sums = self._blocks(tail, spectrum.shape[2:])
         programs = groups // plan.block
-        out_shape = [jax.ShapeDtypeStruct(x.shape, dtype) for dtype in dtypes]
+        out_shape = [jax.ShapeDtypeStruct(arrays[0].shape, dtype) for dtype in dtypes]
         out_specs = [of_sequences] * len(dtypes)
         gated = kernels.Gated(*(gate is not None for gate in gates))
         given = [gate for gate in gates if gate is not None]
-        name = "fft_conv"
+        matrices = _matrices(plan)
         if len(arrays) == 2:
-            body = functools.partial(kernels.gradients, gated=gated)
-            name += "_gradients"
+            body, name = functools.partial(kernels.gradients, gated=gated), "fft_conv_gradients"
             out_shape += [jax.ShapeDtypeStruct((channels, programs, *spectrum.shape[1:]), jnp.float32)]
-            out_specs += [
-                pl.BlockSpec(
-                    (None, None, None, *spectrum.shape[2:]),
-                    lambda i, j: (program(i)[0], j, program(i)[1], 0, 0, 0),
-                )
-            ]
+            out_specs += [of_sums]
         else:
             body = functools.partial(kernels.convolve, gated=gated, conjugate=transposed)
-            name += "_transposed" * transposed
+            name = "fft_conv" + "_transposed" * transposed
         return launch(
             body, *arrays, spectrum, *given, *matrices,
             platform=self.platform, interpret=self.interpret, name=name + "_gated" * any(gated),
-            grid=(channels * outer, programs),
+            grid=(channels * math.prod(plan.outer), programs),
             in_specs=[*(of_sequences for _ in arrays), of_spectrum, *(of_sequences for _ in given),
                       *map(_whole, matrices)],
             out_specs=out_specs, out_shape=out_shape, num_warps=plan.num_warps,
             work=_work(plan, [*arrays, *given], len(arrays) + 1 + (len(arrays) == 2 and gated.after),
                        spectrum, matrices, out_shape),
         )  # fmt: skip
+
+    def _blocks(self, tail: Sequence[int], spectrum: Sequence[int]) -> tuple[pl.BlockSpec, ...]:
+        """Of sequences (..., rows, columns), of spectra and of sums of spectra, in a grid over the sequences that share
+        a spectrum, and blocks of them.
+
+        tail: axes of a sequence, (rows, columns), or with outer passes (planes, which k0, rows, columns).
+        """
+        outer = math.prod(self.plan.outer)
+
+        def program(i: Any) -> tuple[Any, Any]:
+            return lax.div(i, jnp.int32(outer)), lax.rem(i, jnp.int32(outer))
+
+        def sequences(i: Any, j: Any) -> tuple[Any, ...]:
+            channel, k = program(i)
+            return (channel, j, 0, k, 0, 0) if self.plan.outer else (channel, j, 0, 0)
+
+        def sums(i: Any, j: Any) -> tuple[Any, ...]:
+            channel, k = program(i)
+            return channel, j, k, 0, 0, 0
+
+        block = (2, None, *tail[-2:]) if self.plan.outer else tail
+        return (
+            pl.BlockSpec((None, self.plan.block, *block), sequences),
+            pl.BlockSpec((None, None, *spectrum), lambda i, j: (*program(i), 0, 0, 0)),
+            pl.BlockSpec((None, None, None, *spectrum), sums),
+        )
 
     def outer(
         self, x: jax.Array, factors: Sequence[jax.Array], level: int, *, back: bool, dtypes: Sequence[Any]
@@ -339,23 +343,23 @@ def _spectrum(h: jax.Array, lags: Lags, plan: Plan) -> jax.Array:
     which = 1
     for level, n in enumerate(plan.outer):
         x = tuple(a.reshape(-1, which, n, plan.points // (which * n)) for a in x)
-        x = _product(_planes(_dft(n, n, _shift(plan, level))), x, _matmul)
-        x = _product(_outer_twiddle(plan, level), x, jnp.multiply)
+        x = product(planes(dft(n, n, _shift(plan, level))), x, matmul)
+        x = product(_outer_twiddle(plan, level), x, jnp.multiply)
         which *= n
     x = tuple(a.reshape(-1, which, plan.rows, plan.columns) for a in x)
-    left, twiddle, right = map(_planes, _factors(plan))
-    x = _product(_product(left, x, _matmul), twiddle, jnp.multiply)
-    x = _product(x, right, _matmul)
+    left, twiddle, right = map(planes, _factors(plan))
+    x = product(product(left, x, matmul), twiddle, jnp.multiply)
+    x = product(x, right, matmul)
     return jnp.stack(x, 2) / plan.points
 
 
-def _product(a: Any, b: Any, multiply: Callable[..., jax.Array]) -> tuple[jax.Array, jax.Array]:
+def product(a: Any, b: Any, multiply: Callable[..., jax.Array]) -> tuple[jax.Array, jax.Array]:
     """The planes of a complex product."""
     a, b = (tuple(jnp.asarray(plane, jnp.float32) for plane in planes) for planes in (a, b))
     return multiply(a[0], b[0]) - multiply(a[1], b[1]), multiply(a[0], b[1]) + multiply(a[1], b[0])
 
 
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     """By sums of 64 terms: one of more of them would be the largest error of a convolution in float32."""
     starts = range(0, a.shape[-1], 64)
     multiply = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
@@ -373,10 +377,10 @@ def _grouped(spectrum: jax.Array, plan: Plan) -> jax.Array:
 
 def _shift(plan: Plan, level: int) -> int:
     """Of the frequencies, in quarters, for the first factor of the transform; the other ones get it in the twiddle."""
-    return _QUARTERS if level == 0 and not plan.kept else 0
+    return QUARTERS if level == 0 and not plan.kept else 0
 
 
-def _dft(k: int, n: int, quarters: int, period: int | None = None) -> np.ndarray:
+def dft(k: int, n: int, quarters: int, period: int | None = None) -> np.ndarray:
     """exp(-2 pi i n (k + quarters / 4) / period), from phases that are exact."""
     period = period or k
     phase = np.arange(n)[None] * (4 * np.arange(k)[:, None] + quarters) % (4 * period)
@@ -387,9 +391,9 @@ def _dft(k: int, n: int, quarters: int, period: int | None = None) -> np.ndarray
 def _factors(plan: Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The left matrix, the twiddle and the right matrix of one sequence."""
     shift = _shift(plan, len(plan.outer))
-    left = _dft(plan.rows, plan.rows, shift)
-    twiddle = _dft(plan.rows, plan.columns, shift, plan.rows * plan.columns)
-    right = _dft(plan.columns, plan.columns, 0)
+    left = dft(plan.rows, plan.rows, shift)
+    twiddle = dft(plan.rows, plan.columns, shift, plan.rows * plan.columns)
+    right = dft(plan.columns, plan.columns, 0)
     if plan.kept:
         left, twiddle, right = left[plan.kept[0], :], twiddle[plan.kept[0], :], right[:, plan.kept[1]]
     return left, twiddle, right
@@ -399,22 +403,22 @@ def _factors(plan: Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _matrices(plan: Plan) -> kernels.Matrices:
     left, twiddle, right = _factors(plan)
     group = plan.batch * plan.channels
-    planes = _planes(left) if not (plan.kept or plan.outer) else _of_planes(left[:, : plan.sample_rows])
-    repeated = np.kron(np.eye(group), planes)
+    of_samples = planes(left) if not (plan.kept or plan.outer) else of_planes(left[:, : plan.sample_rows])
+    repeated = np.kron(np.eye(group), of_samples)
     return kernels.Matrices(
-        left=_split(repeated, plan.parts),
-        left_back=_split(repeated.swapaxes(1, 2), plan.parts),
-        twiddle=np.tile(_planes(twiddle), (1, group, 1)).astype(np.float32),
-        right=_split(_planes(right), plan.parts),
-        right_back=_split(_planes(right.T), plan.parts),
+        left=split(repeated, plan.parts),
+        left_back=split(repeated.swapaxes(1, 2), plan.parts),
+        twiddle=np.tile(planes(twiddle), (1, group, 1)).astype(np.float32),
+        right=split(planes(right), plan.parts),
+        right_back=split(planes(right.T), plan.parts),
     )
 
 
 def _outer_matrices(plan: Plan, level: int) -> tuple[np.ndarray, np.ndarray, jax.Array]:
     n = plan.outer[level]
-    matrix = _dft(n, n, _shift(plan, level))
-    planes = _planes(matrix) if level == 0 else _of_planes(matrix)
-    return _split(planes, plan.parts), _split(planes.swapaxes(1, 2), plan.parts), _outer_twiddle(plan, level)
+    matrix = dft(n, n, _shift(plan, level))
+    both = planes(matrix) if level == 0 else of_planes(matrix)
+    return split(both, plan.parts), split(both.swapaxes(1, 2), plan.parts), _outer_twiddle(plan, level)
 
 
 def _outer_twiddle(plan: Plan, level: int) -> jax.Array:
@@ -430,16 +434,16 @@ def _outer_twiddle(plan: Plan, level: int) -> jax.Array:
     return jnp.stack([jnp.cos(phase), jnp.sin(phase)])
 
 
-def _planes(a: np.ndarray) -> np.ndarray:
+def planes(a: np.ndarray) -> np.ndarray:
     return np.stack([np.real(a), np.imag(a)])
 
 
-def _of_planes(a: np.ndarray) -> np.ndarray:
+def of_planes(a: np.ndarray) -> np.ndarray:
     """The real and the imaginary part of a product with what has its own planes below each other."""
     return np.stack([np.hstack([np.real(a), -np.imag(a)]), np.hstack([np.imag(a), np.real(a)])])
 
 
-def _split(a: np.ndarray, parts: int) -> np.ndarray:
+def split(a: np.ndarray, parts: int) -> np.ndarray:
     """As a sum of bfloat16 parts, the largest first."""
     found = []
     for _ in range(parts):

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as pk
 from pallas_kernels import aot, fourier, lowering, testing
+from pallas_kernels.aot._programs import described, equations, pallas_calls
 from pallas_kernels.gpu import fft_conv as gpu
 from pallas_kernels.ops import _fft_conv_xla as xla
 from pallas_kernels.ops.fft_conv import OPERATOR, reference
@@ -169,6 +170,7 @@ def test_outer_passes(platform, passes, random, monkeypatch):
         return plan(*args)._replace(outer=outer, rows=16, columns=16, batch=1, channels=1, outer_columns=64)
 
     monkeypatch.setattr(module, "_plan", longer)
+    monkeypatch.setattr(tpu.lanes, "plan", lambda *_, **__: None)
     length = int(np.prod(factors[passes])) * 256 - 5
     u, before, after, g = (normal(random, 2, length, 2) for _ in range(4))
     k = normal(random, 2, length // 2, 2)
@@ -183,6 +185,36 @@ def test_outer_passes(platform, passes, random, monkeypatch):
         got = everything(functools.partial(pk.fft_conv, implementation="pallas"), u, k, before, after)
     jax.clear_caches()
     assert_close(got, everything(reference, u, k, before, after), 2e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "precision"),
+    [
+        ((4, 70, 5), jnp.float32, "highest"),
+        pytest.param((3, 600, 130), jnp.bfloat16, "default", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("gated", [False, True])
+def test_channels_on_lanes(shape, dtype, precision, gated, random):
+    """Rows of the batch side by side, channels in ragged blocks, two products either way."""
+    arrays = [normal(random, *shape, dtype=dtype) for _ in range(1 + 2 * gated)]
+    k, g = normal(random, *shape[1:]), normal(random, *shape, dtype=dtype)
+    plan = tpu.lanes.plan([g] * 7, {"highest": 3, "default": 1}[precision], signals=2)
+    assert plan is not None and plan.columns > 1 and (plan.side > 1) == (shape[2] < 64)
+
+    def everything(conv, u, k, *gates):
+        of = lambda u, k, *gates: conv(u, k, **dict(zip(("gate_in", "gate_out"), gates, strict=False)))  # noqa: E731
+        y, vjp = jax.vjp(of, u, k, *gates)
+        return y, *vjp(g.astype(y.dtype))
+
+    with testing.interpret("tpu"):
+        conv = functools.partial(pk.fft_conv, implementation="pallas", precision=precision)
+        got = everything(conv, arrays[0], k, *arrays[1:])
+    with lowering.enable_x64():
+        wide = [a.astype(jnp.float64) for a in (arrays[0], k, *arrays[1:])]
+        expected = everything(reference, *wide)
+    for a, want in zip(got, expected, strict=True):
+        assert error(a, want) <= ERRORS[precision]
 
 
 # Causality
@@ -363,19 +395,22 @@ def test_a_short_kernel_is_one_with_zeros_appended(conv, random):
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_only_arguments_are_saved(gated, random):
-    b, length, c = 8, 512, 4
-    u, k, gate = normal(random, b, length, c), normal(random, length, c), normal(random, b, length, c)
-
-    def residuals(u, k, gate):
+def test_only_arguments_are_saved(gated):
+    def residuals(u, k, before, after):
         if not gated:
             return jax.vjp(pk.fft_conv, u, k)[1]
-        return jax.vjp(lambda u, k, i, o: pk.fft_conv(u, k, gate_in=i, gate_out=o), u, k, gate, gate)[1]
+        return jax.vjp(lambda u, k, i, o: pk.fft_conv(u, k, gate_in=i, gate_out=o), u, k, before, after)[1]
 
-    saved = jax.eval_shape(residuals, u, k, gate)
-    total = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(saved))
-    spectrum = 8 * length * c
-    assert total <= u.nbytes * (3 if gated else 1) + spectrum
+    def saved_bytes(b, length, c=4):
+        u, k = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((b, length, c), (length, c)))
+        leaves = jax.tree.leaves(jax.eval_shape(residuals, u, k, u, u))
+        return sum(a.size * a.dtype.itemsize for a in leaves)
+
+    signal, kernel = 4 * 512 * 4, 4 * 512 * 4
+    arrays = 3 if gated else 1
+    assert saved_bytes(8, 512) <= 8 * arrays * signal + 2 * kernel
+    assert saved_bytes(16, 512) - saved_bytes(8, 512) == 8 * arrays * signal
+    assert saved_bytes(8, 1024) <= 2 * saved_bytes(8, 512)
 
 
 # Transforms
@@ -440,7 +475,7 @@ TRANSFORMS = {"forward": lambda f: f, "grad": gradients, "vmap of grad": lambda 
 def test_the_platform_lowered_for_has_its_kernel(platform, transform, length):
     batch = (2,) * ("vmap" in transform)
     structs = [jax.ShapeDtypeStruct((*batch, *s), jnp.float32) for s in ((2, length, 2), (length, 2))]
-    gpu_mesh = aot._abstract_device(aot.TARGETS["sm_90"])
+    gpu_mesh = described(aot.TARGETS["sm_90"])
     with gpu_mesh if platform == "cuda" else contextlib.nullcontext():
         text = (
             jax.jit(TRANSFORMS[transform](pk.fft_conv))
@@ -449,6 +484,21 @@ def test_the_platform_lowered_for_has_its_kernel(platform, transform, length):
             .as_text()
         )
     assert {p for p, call in KERNELS.items() if call in text} == {platform} & set(KERNELS)
+
+
+@pytest.mark.parametrize("target", ["v5e", "sm_90"])
+@pytest.mark.parametrize("length", [40, 700, 5000, 70_000])
+def test_kernels_have_no_complex_numbers(target, length):
+    """Interpreters take them, and Fourier transforms too; no accelerator does."""
+    u, k = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, length, 2), (length, 2)))
+    with described(aot.TARGETS[target]):
+        jaxpr = jax.jit(gradients(pk.fft_conv)).trace(u, k).jaxpr.jaxpr
+    calls = list(pallas_calls(jaxpr, aot.TARGETS[target]))
+    assert calls
+    for call in calls:
+        for inner in equations(call.params["jaxpr"]):
+            assert inner.primitive.name != "fft"
+            assert not any(jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in inner.outvars)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Long convolution by the Fourier transforms of jax.numpy, PyTorch and SciPy, to be timed beside ours."""
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,9 @@ def baselines() -> Mapping[str, Callable[[Case], Prepare | None]]:
     return {
         "jnp.fft, real": run(_jnp),
         versioned("torch", f"real FFT, {os.cpu_count()} threads"): run(_torch),
+        versioned("torch", f"complex FFT, {os.cpu_count()} threads"): run(
+            functools.partial(_torch, real=False)
+        ),
         versioned("scipy", "oaconvolve"): run(_scipy),
     }
 
@@ -36,7 +40,7 @@ def _jnp(case: Case) -> Prepare:
     return of_jax(convolve, case)
 
 
-def _torch(case: Case) -> Prepare | None:
+def _torch(case: Case, *, real: bool = True) -> Prepare | None:
     try:
         import torch
     except ImportError:
@@ -55,7 +59,9 @@ def _torch(case: Case) -> Prepare | None:
             a.requires_grad_()
 
         def convolve() -> Any:
-            return torch.fft.irfft(torch.fft.rfft(u, n) * torch.fft.rfft(k, n), n)[..., : u.shape[-1]]
+            there, back = (torch.fft.rfft, torch.fft.irfft) if real else (torch.fft.fft, torch.fft.ifft)
+            y = back(there(u, n) * there(k, n), n)[..., : u.shape[-1]]
+            return y if real else y.real
 
         def finished(values: Any) -> Any:
             if device.type == "cuda":
