@@ -14,10 +14,13 @@ from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as pk
 from pallas_kernels import aot, lowering, testing
+from pallas_kernels.aot._programs import described, pallas_calls, work_of
 from pallas_kernels.blocks import Blocks, blast_work, monarch_work, powers_of_two
 from pallas_kernels.operators import operators
 from pallas_kernels.ops import blast_matmul, low_rank_matmul, monarch_matmul
 from pallas_kernels.ops._block_low_rank import LAYERS
+from pallas_kernels.tpu import blast_matmul as tpu_blast
+from pallas_kernels.tpu import monarch_matmul as tpu_monarch
 
 NAMES = ("blast_matmul", "low_rank_matmul", "monarch_matmul")
 OPERATORS = {name: operators()[name] for name in NAMES}
@@ -90,11 +93,73 @@ def test_the_dense_matrix_gives_the_same(name, dtype, tolerance, random):
         assert_close(function(name)(x, *factors), x @ dense, tolerance)
 
 
+PUBLISHED = [
+    pytest.param(
+        name,
+        layer,
+        id=f"{name} {layer.name}",
+        marks=[pytest.mark.slow] * (layer.inputs * layer.outputs > 2**22),
+    )
+    for name in NAMES
+    for layer in LAYERS
+    if name != "monarch_matmul" or layer.monarch
+]
+
+
+@pytest.mark.parametrize(("name", "layer"), PUBLISHED)
+def test_published_layers(name, layer, random):
+    """The definition, one block after the other, in float64; the largest layers in float32 only, to save time."""
+    b, rank = {"blast_matmul": layer.blast, "monarch_matmul": layer.monarch}.get(name) or (1, layer.low_rank)
+    p, q = layer.inputs // b, layer.outputs // b
+    first, second = random.normal(size=(b, rank, p)) / p**0.5, random.normal(size=(b, rank, q)) / rank**0.5
+    s, x = random.normal(size=(b, b, rank)) / b**0.5, random.normal(size=(2, layer.inputs))
+    ranks = [block @ f.T for block, f in zip(np.split(x, b, 1), first, strict=True)]
+    if name == "blast_matmul":
+        factors = (second, s, first)
+        mixed = [sum(s[j, k] * ranks[k] for k in range(b)) for j in range(b)]
+    else:
+        factors = (first, second) if name == "monarch_matmul" else (second[0], first[0])
+        mixed = [np.concatenate([np.split(y, b, 1)[j] for y in ranks], 1) for j in range(b)]
+    expected = np.concatenate([y @ f for y, f in zip(mixed, second, strict=True)], 1)
+    with lowering.enable_x64():
+        for dtype, tolerance in ((np.float32, 1e-5), (np.float64, 1e-13))[: 1 if layer.inputs > 4000 else 2]:
+            got = jax.jit(function(name))(*(jnp.asarray(a, dtype) for a in (x, *factors)))
+            assert got.dtype == dtype
+            assert_close(got, expected, tolerance)
+
+
 @each_operator
 def test_unit_vectors_give_the_columns_of_the_matrix(name, random):
     _, *factors = arrays(random, SHAPES[name])
     dense = MODULES[name].to_dense(*factors)
     assert_close(function(name)(jnp.eye(len(dense)), *factors), dense)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_plans_of_blast_on_a_tpu(cores, monkeypatch, random):
+    """Ragged tiles of tokens and of ranks, programs that add up in parts, on one core and on two."""
+    blocks = Blocks(2, 3, 6, 5, 24)
+    operands = arrays(random, ((19, 12), (2, 24, 6), (3, 2, 24), (3, 24, 5)))
+    (x, v, s, u), g = operands, arrays(random, [(19, 15)])[0]
+    monkeypatch.setattr(tpu_blast, "cores", lambda: cores)
+    monkeypatch.setattr(tpu_blast, "_plan", lambda *_, **__: tpu_blast.Plan(16, 2, 16, 2))
+    run = functools.partial(tpu_blast.multiply, blocks=blocks, interpret=True)
+    expected, backward = jax.vjp(
+        lambda x, v, s, u: OPERATORS["blast_matmul"].reference(x, u, s, v), *operands
+    )
+    assert_close(run(x, v, s, u), expected)
+    got = tpu_blast.gradients(x, g, v, s, u, blocks=blocks, interpret=True)
+    assert_close(got, backward(g)[1:])
+
+
+def test_plans_of_monarch_on_a_tpu(monkeypatch, random):
+    blocks = Blocks(2, 3, 6, 5, 4)
+    x, a, b, g = arrays(random, ((19, 12), (2, 12, 6), (3, 8, 5), (19, 15)))
+    monkeypatch.setattr(tpu_monarch, "_plan", lambda *_, **__: tpu_monarch.Plan(16, 2, 3))
+    expected, backward = jax.vjp(OPERATORS["monarch_matmul"].reference, x, a, b)
+    assert_close(tpu_monarch.multiply(x, a, b, blocks=blocks, interpret=True), expected)
+    got = tpu_monarch.gradients(x, g, a, b, blocks=blocks, dtype=jnp.float32, interpret=True)
+    assert_close(got, backward(g)[1:])
 
 
 # Structure
@@ -247,7 +312,7 @@ def test_programs_of_a_grid_do_not_race(name, random):
 
 
 def lowered(f, *args, platform):
-    gpu = aot._abstract_device(aot.TARGETS["sm_90"])
+    gpu = described(aot.TARGETS["sm_90"])
     with gpu if platform == "cuda" else contextlib.nullcontext():
         return jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
@@ -258,9 +323,38 @@ def test_the_platform_lowered_for_has_its_kernel(name, platform):
     case = OPERATORS[name].compile_cases(False)[0]
     count = len(case.arguments)
     text = lowered(gradients(function(name), count), *case.arguments, platform=platform)
-    # XLA's two products are as fast as a fused product of low rank.
-    expected = set() if name == "low_rank_matmul" else {platform} & set(KERNELS)
+    # On a GPU XLA's two products are as fast as a fused product of low rank.
+    expected = {platform} & (KERNELS.keys() - ({"cuda"} if name == "low_rank_matmul" else set()))
     assert {p for p, call in KERNELS.items() if call in text} == expected
+
+
+@pytest.mark.parametrize("tokens", [1, 32, 1000])
+@each_operator
+def test_a_tpu_takes_the_kernel_however_little_there_is_to_do(name, tokens, random):
+    """Where XLA may be faster, both take microseconds. Factors that VMEM can't hold are left to it."""
+    case = OPERATORS[name].parity_cases()[0]
+    x, *factors = case.arguments
+    x = jax.ShapeDtypeStruct((tokens, x.shape[1]), x.dtype)
+    assert KERNELS["tpu"] in lowered(function(name), x, *factors, platform="tpu")
+
+
+@pytest.mark.parametrize(("target", "taken"), [("v5e", True), ("v6e", False)])
+def test_low_rank_that_leaves_a_matrix_unit_half_empty_is_left_to_xla(target, taken):
+    case = next(c for c in OPERATORS["low_rank_matmul"].compile_cases(True) if "7B gate N1024" in c.name)
+    with described(aot.TARGETS[target]):
+        program = jax.jit(function("low_rank_matmul")).trace(*case.arguments).jaxpr.jaxpr
+        assert bool(list(pallas_calls(program, aot.TARGETS[target]))) == taken
+
+
+@pytest.mark.parametrize("tokens", [100, 197])
+@pytest.mark.parametrize("name", ["blast_matmul", "monarch_matmul"])
+def test_a_tpu_fills_up_and_cuts_off_nothing(name, tokens):
+    """What XLA would do around the kernel can take longer than the kernel does."""
+    case = next(c for c in OPERATORS[name].compile_cases(True) if "GPT-2 c_fc N1024" in c.name)
+    x, *factors = case.arguments
+    x = jax.ShapeDtypeStruct((tokens, x.shape[1]), x.dtype)
+    text = lowered(function(name, implementation="pallas"), x, *factors, platform="tpu")
+    assert not {op for op in ("stablehlo.pad", "stablehlo.slice", "stablehlo.transpose") if op in text}
 
 
 def test_few_tokens_are_left_to_xla_on_a_gpu():
@@ -293,9 +387,9 @@ def test_what_lies_between_the_factors_is_stated(name, target):
     """What a kernel returns is the result, or is for the next product alone."""
     case = OPERATORS[name].compile_cases(False)[1]
     program = jax.jit(function(name, implementation="pallas")).trace(*case.arguments).jaxpr.jaxpr
-    (call,) = aot._pallas_calls(program, aot.TARGETS[target])
+    (call,) = pallas_calls(program, aot.TARGETS[target])
     (result,) = (v.aval for v in call.outvars)
-    work = aot._work(call)
+    work = work_of(call)
     assert work
     if (name, target) == ("blast_matmul", "sm_90"):
         assert work.intermediate_bytes == result.size * result.dtype.itemsize == 2 * 6 * 1024 * 192

@@ -129,6 +129,15 @@ def test_a_blast_matrix_of_a_third_of_the_rank_is_found_from_anywhere(random):
         assert error(w, "blast", 12, steps=300, seed=seed) < 1e-10
 
 
+@pytest.mark.slow
+def test_a_blast_matrix_of_its_own_rank_is_found_from_one_of_six_starts_and_always_the_same(random):
+    u, s, v = (random.normal(size=shape) for shape in ((4, 4, 16), (4, 4, 4), (4, 4, 16)))
+    w = expanded(u, s, v).transpose(1, 3, 0, 2).reshape(64, 64)
+    errors = [error(w, "blast", 4, steps=300, seed=seed) for seed in range(6)]
+    assert min(errors) <= 1e-6
+    assert errors[0] == error(w, "blast", 4, steps=300, seed=0) != errors[1]
+
+
 @pytest.mark.parametrize("kind", ["gaussian", "low rank and noise", "monarch"])
 def test_blast_is_no_worse_than_low_rank_and_monarch_of_its_size(kind, random):
     w = random.normal(size=(32, 48))

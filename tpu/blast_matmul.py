@@ -5,6 +5,7 @@ of the other ranks add to what it left there.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks import Blocks, blast_work
-from pallas_kernels.kernels.blast_matmul import GROUP, contract, expand, gradients_stacked, multiply_stacked
-from pallas_kernels.lowering import launch
-from pallas_kernels.tpu.tiles import factor_spec, loadable, token_tiles, vmem_budget
+from pallas_kernels.kernels.blast_matmul import GROUP, gradients_stacked, multiply_stacked
+from pallas_kernels.lowering import Work, launch
+from pallas_kernels.tpu.tiles import PARTS, cores, factor_spec, loadable, token_tiles, vmem_budget
 
 # Rows of bfloat16 in a tile of registers.
 GRAIN = 16
@@ -25,11 +26,12 @@ TOO_LARGE = f"{GRAIN} ranks of all blocks don't fit in VMEM"
 
 
 class Plan(NamedTuple):
-    """tokens: of a program, `tiles` times over. ranks: of a program; they divide those there are."""
+    """tokens: of a program, `tiles` times over. ranks: of a program, `parts` times over."""
 
     tokens: int
     tiles: int
     ranks: int
+    parts: int
 
 
 def multiply(
@@ -37,29 +39,38 @@ def multiply(
 ) -> jax.Array:
     """x (n, b1 p), v (b1, r, p), s (b2, b1, r), u (b2, r, q) -> (n, b2 q) in x's dtype."""
     dtype, n = x.dtype, len(x)
-    x, v, s, u, blocks = _whole_tiles(x, v, s, u, blocks)
-    b1, b2, p, q, r = blocks
-    tokens, tiles, ranks = _checked_plan(n, blocks, x.dtype.itemsize, v.dtype.itemsize, gradient=False)
-    x = jnp.pad(x, ((0, tokens * tiles - n), (0, 0)))
-    whole = ranks == r
+    x, v, s, u, plan = _planned(x, v, s, u, blocks, gradient=False)
+    b1, b2, p, q, _ = blocks
+    tokens, tiles, ranks, parts = plan
+    divided = math.gcd(tiles, cores())
+    whole = parts == 1
+
+    def at(index: Any) -> Any:
+        """From a tile of tokens and a part of the ranks; programs that share the matrices made of s come in order."""
+        steps = tiles // divided * parts
+        return lambda core, step: index(*_divmod(core * steps + step, parts))
+
     out = launch(
-        functools.partial(multiply_stacked, blocks=blocks), x, v, expand(s.astype(x.dtype)), u,
+        functools.partial(multiply_stacked, blocks=blocks, parts=parts), x, v, s, u,
         platform="tpu", interpret=interpret, name="blast_matmul",
-        grid=(tiles, r // ranks),
+        grid=(divided, tiles // divided * parts),
         in_specs=[
-            pl.BlockSpec((tokens, b1 * p), lambda i, c: (i, 0)),
-            factor_spec((b1, ranks, p), lambda i, c: (0, c, 0), whole),
-            factor_spec((ranks // GROUP, b2 * GROUP, b1 * GROUP), lambda i, c: (c, 0, 0), whole),
-            factor_spec((b2, ranks, q), lambda i, c: (0, c, 0), whole),
+            pl.BlockSpec((tokens, b1 * p), at(lambda i, c: (i, 0))),
+            factor_spec((b1, ranks, p), at(lambda i, c: (0, c, 0)), whole),
+            factor_spec(s.shape, at(lambda i, c: (0, 0, 0)), True),
+            factor_spec((b2, ranks, q), at(lambda i, c: (0, c, 0)), whole),
         ],
-        out_specs=pl.BlockSpec((tokens, b2 * q), lambda i, c: (i, 0)),
-        out_shape=jax.ShapeDtypeStruct((len(x), b2 * q), x.dtype),
-        scratch_shapes=[] if whole else [pltpu.VMEM((tokens, b2 * q), jnp.float32)],
+        out_specs=pl.BlockSpec((tokens, b2 * q), at(lambda i, c: (i, 0))),
+        out_shape=jax.ShapeDtypeStruct((n, b2 * q), x.dtype),
+        scratch_shapes=[
+            pltpu.VMEM(_matrices(blocks, plan), x.dtype),
+            *([] if whole else [pltpu.VMEM((tokens, b2 * q), jnp.float32)]),
+        ],
         sequential=True,
         vmem_limit_bytes=vmem_budget(),
-        work=_work(n, len(x), blocks, x, v, products=1),
+        work=_work(n, plan, blocks, x.dtype.itemsize, v.dtype.itemsize, products=1),
     )  # fmt: skip
-    return out[:n].astype(dtype)
+    return out.astype(dtype)
 
 
 def gradients(
@@ -72,100 +83,129 @@ def gradients(
     blocks: Blocks,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of v, s and u, in float32, for cotangents g (n, b2 q)."""
+    """The gradients of v, s and u for cotangents g (n, b2 q); in float32 for factors of integers or float16."""
     n, rank = len(x), blocks.rank
-    x, v, s, u, blocks = _whole_tiles(x, v, s, u, blocks)
-    b1, b2, p, q, r = blocks
-    tokens, tiles, ranks = _checked_plan(n, blocks, x.dtype.itemsize, v.dtype.itemsize, gradient=True)
-    x, g = (jnp.pad(a, ((0, tokens * tiles - n), (0, 0))) for a in (x, loadable(g)))
-    matrices = expand(s.astype(x.dtype))
-    specs = [
-        pl.BlockSpec((b1, ranks, p), lambda c, i: (0, c, 0)),
-        pl.BlockSpec((ranks // GROUP, b2 * GROUP, b1 * GROUP), lambda c, i: (c, 0, 0)),
-        pl.BlockSpec((b2, ranks, q), lambda c, i: (0, c, 0)),
+    x, v, s, u, plan = _planned(x, v, s, u, blocks, gradient=True)
+    b1, b2, p, q, _ = blocks
+    tokens, tiles, ranks, parts = plan
+    divided = math.gcd(parts, cores())
+
+    def at(index: Any) -> Any:
+        steps = parts // divided * tiles
+        return lambda core, step: index(*_divmod(core * steps + step, tiles))
+
+    dtype = jnp.dtype(v.dtype if jnp.issubdtype(v.dtype, jnp.floating) else jnp.float32)
+    factor_specs = [
+        pl.BlockSpec((b1, ranks, p), at(lambda c, i: (0, c, 0))),
+        factor_spec(s.shape, at(lambda c, i: (0, 0, 0)), True),
+        pl.BlockSpec((b2, ranks, q), at(lambda c, i: (0, c, 0))),
     ]
     dv, ds, du = launch(
-        functools.partial(gradients_stacked, blocks=blocks), x, g, v, matrices, u,
+        functools.partial(gradients_stacked, blocks=blocks, tokens=n, tiles=tiles, parts=parts),
+        x, loadable(g), v, s, u,
         platform="tpu", interpret=interpret, name="blast_matmul_gradients",
-        grid=(r // ranks, tiles),
+        grid=(divided, parts // divided * tiles),
         in_specs=[
-            pl.BlockSpec((tokens, b1 * p), lambda c, i: (i, 0)),
-            pl.BlockSpec((tokens, b2 * q), lambda c, i: (i, 0)),
-            *specs,
+            pl.BlockSpec((tokens, b1 * p), at(lambda c, i: (i, 0))),
+            pl.BlockSpec((tokens, b2 * q), at(lambda c, i: (i, 0))),
+            *factor_specs,
         ],
-        out_specs=specs,
-        out_shape=[jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in (v, matrices, u)],
+        out_specs=[
+            factor_specs[0],
+            pl.BlockSpec((1, *s.shape), lambda core, step: (core, 0, 0, 0)),
+            factor_specs[2],
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct(v.shape, dtype),
+            jax.ShapeDtypeStruct((divided, *s.shape), jnp.float32 if divided > 1 else s.dtype),
+            jax.ShapeDtypeStruct(u.shape, dtype),
+        ],
+        scratch_shapes=[
+            pltpu.VMEM(_matrices(blocks, plan), x.dtype),
+            pltpu.VMEM((b1, ranks, p), jnp.float32),
+            pltpu.VMEM(_matrices(blocks, plan), jnp.float32),
+            pltpu.VMEM((b2, ranks, q), jnp.float32),
+        ],
         sequential=True,
         vmem_limit_bytes=vmem_budget(),
-        work=_work(n, len(x), blocks, x, v, products=2),
+        work=_work(n, plan, blocks, x.dtype.itemsize, v.dtype.itemsize + dtype.itemsize, products=2),
     )  # fmt: skip
-    return dv[:, :rank], contract(ds, b2)[..., :rank], du[:, :rank]
+    return dv[:, :rank], (jnp.sum(ds, 0) if divided > 1 else ds[0])[..., :rank], du[:, :rank]
 
 
 def fits(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradient: bool) -> bool:
     """Whether VMEM holds a tile of tokens and of ranks."""
-    return _plan(n, _whole(blocks), itemsize, factor_itemsize, gradient=gradient) is not None
-
-
-def slower(n: int, blocks: Blocks) -> str | None:
-    """Why XLA is faster."""
-    return None
-
-
-def _checked_plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradient: bool) -> Plan:
-    plan = _plan(n, blocks, itemsize, factor_itemsize, gradient=gradient)
-    assert plan is not None, "the operator asks `fits` first"
-    return plan
+    return _plan(n, blocks, itemsize, factor_itemsize, gradient=gradient) is not None
 
 
 def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradient: bool) -> Plan | None:
     """Ranks enough for a matrix unit, then as many tokens, then as many ranks, as fit."""
     b1, b2, p, q, r = blocks
-    choices = [ranks for ranks in range(GRAIN, min(r, MOST_RANKS) + 1, GRAIN) if r % ranks == 0]
-    plans = [Plan(*tiles, ranks) for tiles in token_tiles(n) for ranks in choices]
+    choices = [(r, 1)] if r <= MOST_RANKS else []
+    for ranks in range(GRAIN, min(r, MOST_RANKS), GRAIN):
+        parts = -(-r // ranks)
+        if (gradient and r % GROUP == 0) or parts * ranks == -(-r // GRAIN) * GRAIN:
+            choices.append((ranks, parts))
+    plans = [Plan(*tiles, *some) for tiles in token_tiles(n) for some in choices]
     features = b1 * p + b2 * q
 
     def fit(plan: Plan) -> bool:
-        tokens, _, ranks = plan
+        tokens, _, ranks, parts = plan
         lanes = -(-tokens // 128) * 128
-        factors = ranks * (features * factor_itemsize + b1 * b2 * GROUP * itemsize)
-        buffers = 2 * tokens * features * itemsize
+        factors = ranks * features * factor_itemsize
+        mixing = math.prod(_matrices(blocks, plan))
+        buffers = 2 * tokens * features * itemsize + mixing * itemsize
         if gradient:
-            buffers += 2 * factors + 2 * 4 * ranks * (features + b1 * b2 * GROUP)
-        elif ranks == r:
+            buffers += 4 * factors + 4 * ranks * features + 4 * mixing
+        elif parts == 1:
             buffers += factors
         else:
             buffers += 2 * factors + 4 * tokens * b2 * q
-        return buffers + (1 + gradient) * (b1 + b2) * ranks * lanes * (4 + itemsize) <= vmem_budget()
+        # The compiler rounds what is summed soon enough that no more than this lies in VMEM at once.
+        between = (b1 + b2) * ranks * lanes * (2 * (4 + itemsize) if gradient else itemsize)
+        return buffers + between * 9 // 8 <= vmem_budget()
 
     def quality(plan: Plan) -> tuple[int, ...]:
-        tokens, _, ranks = plan
-        if ranks == r and not gradient:  # the factors are read once
-            return 2 * MOST_RANKS, min(tokens, 128), tokens, ranks
-        return min(ranks, 128, r), min(tokens, 128), min(ranks, 256), tokens, ranks
+        tokens, tiles, ranks, parts = plan
+        once = tiles == 1 or (parts == 1 and not gradient)  # the factors are read once
+        full = min(ranks, 128, r), min(tokens, 128), once, -ranks * parts, min(ranks, 256), tokens
+        return (*full, -max(PARTS, parts), parts) if tiles == 1 else (*full, ranks)
 
     return max(filter(fit, plans), key=quality, default=None)
 
 
-def _whole(blocks: Blocks) -> Blocks:
-    return blocks._replace(rank=-(-blocks.rank // GRAIN) * GRAIN)
+def _planned(
+    x: jax.Array, v: jax.Array, s: jax.Array, u: jax.Array, blocks: Blocks, *, gradient: bool
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, Plan]:
+    """What TPUs can load, and the plan.
 
-
-def _whole_tiles(x: jax.Array, v: jax.Array, s: jax.Array, u: jax.Array, blocks: Blocks) -> Any:
-    """What TPUs can load, with ranks filled up to whole tiles by zeros."""
+    Ranks are filled up by zeros to whole parts, but not where each one's results stay apart, in whole groups.
+    """
     x, v, s, u = map(loadable, (x, v, s, u))
-    missing = _whole(blocks).rank - blocks.rank
-    v, u = (jnp.pad(f, ((0, 0), (0, missing), (0, 0))) for f in (v, u))
-    return x, v, jnp.pad(s, ((0, 0), (0, 0), (0, missing))), u, _whole(blocks)
+    plan = _plan(len(x), blocks, x.dtype.itemsize, v.dtype.itemsize, gradient=gradient)
+    assert plan is not None, "the operator asks `fits` first"
+    missing = plan.ranks * plan.parts - blocks.rank
+    if missing and not (gradient and blocks.rank % GROUP == 0):
+        v, u = (jnp.pad(f, ((0, 0), (0, missing), (0, 0))) for f in (v, u))
+        s = jnp.pad(s, ((0, 0), (0, 0), (0, missing)))
+    return x, v, s.astype(x.dtype), u, plan
 
 
-def _work(n: int, tokens: int, blocks: Blocks, x: jax.Array, v: jax.Array, products: int) -> Any:
-    factor_itemsize = v.dtype.itemsize + 4 * (products - 1)
+def _matrices(blocks: Blocks, plan: Plan) -> tuple[int, int, int]:
+    """The shape of s, expanded to what mixes a group of ranks of all blocks."""
+    return plan.parts * -(-plan.ranks // GROUP), blocks.b2 * GROUP, blocks.b1 * GROUP
+
+
+def _divmod(a: Any, b: int) -> tuple[Any, Any]:
+    return jax.lax.div(a, jnp.int32(b)), jax.lax.rem(a, jnp.int32(b))
+
+
+def _work(n: int, plan: Plan, blocks: Blocks, itemsize: int, factor_itemsize: int, products: int) -> Work:
     return blast_work(
         n,
-        blocks,
-        tokens,
-        itemsize=x.dtype.itemsize,
+        blocks._replace(rank=plan.ranks * plan.parts),
+        plan.tokens * plan.tiles,
+        itemsize=itemsize,
         factor_itemsize=factor_itemsize,
         products=products,
         mix=GROUP,

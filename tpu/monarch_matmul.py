@@ -11,11 +11,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks import Blocks, monarch_work
 from pallas_kernels.kernels.monarch_matmul import gradients_stacked, multiply_stacked
 from pallas_kernels.lowering import launch
-from pallas_kernels.tpu.tiles import factor_spec, loadable, oriented, rank_first, token_tiles, vmem_budget
+from pallas_kernels.tpu.tiles import (
+    PARTS,
+    factor_spec,
+    loadable,
+    matrix_width,
+    oriented,
+    rank_first,
+    token_tiles,
+    vmem_budget,
+)
 
 TOO_LARGE = "the factors of one block of the output don't fit in VMEM"
 
@@ -37,7 +47,6 @@ def multiply(
     x, a, b = (loadable(v) for v in (x, a, b))
     tokens, tiles, jb = _checked_plan(n, blocks, x.dtype.itemsize, a.dtype.itemsize, gradient=False)
     (a, a_features), (b, b_features) = oriented(a), oriented(b)
-    x = jnp.pad(x, ((0, tokens * tiles - n), (0, 0)))
     # Either the input or the factors are read more than once.
     again = (b2 // jb - 1) * x.nbytes < (tiles - 1) * (a.nbytes + b.nbytes)
 
@@ -68,31 +77,38 @@ def multiply(
         grid=(b2 // jb, tiles) if again else (tiles, b2 // jb),
         in_specs=specs,
         out_specs=pl.BlockSpec((tokens, jb * q), at(lambda i, j: (i, j))),
-        out_shape=jax.ShapeDtypeStruct((x.shape[0], b2 * q), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((n, b2 * q), x.dtype),
         vmem_limit_bytes=vmem_budget(),
         work=monarch_work(
-            n, blocks, x.shape[0], itemsize=x.dtype.itemsize, factor_itemsize=a.dtype.itemsize, products=1
+            n, blocks, tokens * tiles, itemsize=x.dtype.itemsize, factor_itemsize=a.dtype.itemsize, products=1
         ),
     )  # fmt: skip
-    return out[:n].astype(dtype)
+    return out.astype(dtype)
 
 
 def gradients(
-    x: jax.Array, g: jax.Array, a: jax.Array, b: jax.Array, *, blocks: Blocks, interpret: Any = False
+    x: jax.Array,
+    g: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    *,
+    blocks: Blocks,
+    dtype: Any,
+    interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradients of a and b, in float32, for cotangents g (n, b2 q)."""
+    """The gradients of a and b, in `dtype` (float16: in float32), for cotangents g (n, b2 q)."""
     n = x.shape[0]
     b1, b2, p, q, _ = blocks
     x, g, a, b = (loadable(v) for v in (x, g, a, b))
     tokens, tiles, jb = _checked_plan(n, blocks, x.dtype.itemsize, a.dtype.itemsize, gradient=True)
     (a, a_features), (b, b_features) = oriented(a), oriented(b)
-    x, g = (jnp.pad(v, ((0, tokens * tiles - n), (0, 0))) for v in (x, g))
+    dtype = jnp.dtype(jnp.float32 if dtype == jnp.float16 else dtype)
     factor_specs = [
         pl.BlockSpec(shape, lambda j, i, index=index: index(j))
         for shape, index in _specs(blocks, jb, a_features, b_features)
     ]
     body = functools.partial(
-        gradients_stacked, blocks=blocks._replace(b2=jb), features=(a_features, b_features)
+        gradients_stacked, blocks=blocks._replace(b2=jb), tokens=n, features=(a_features, b_features)
     )
     da, db = launch(
         body, x, g, a, b,
@@ -104,11 +120,13 @@ def gradients(
             *factor_specs,
         ],
         out_specs=factor_specs,
-        out_shape=[jax.ShapeDtypeStruct(v.shape, jnp.float32) for v in (a, b)],
+        out_shape=[jax.ShapeDtypeStruct(v.shape, dtype) for v in (a, b)],
+        scratch_shapes=[pltpu.VMEM(spec.block_shape, jnp.float32) for spec in factor_specs],
         sequential=True,
         vmem_limit_bytes=vmem_budget(),
         work=monarch_work(
-            n, blocks, x.shape[0], itemsize=x.dtype.itemsize, factor_itemsize=a.dtype.itemsize + 4, products=2
+            n, blocks, tokens * tiles, itemsize=x.dtype.itemsize, factor_itemsize=a.dtype.itemsize + dtype.itemsize,
+            products=2,
         ),
     )  # fmt: skip
     return da if a_features else da.swapaxes(1, 2), db if b_features else db.swapaxes(1, 2)
@@ -135,7 +153,10 @@ def _checked_plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *
 
 
 def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradient: bool) -> Plan | None:
-    """As many output blocks a program as fit, then as many tokens: whole tiles of registers, unless all of a kind."""
+    """As many output blocks a program as a matrix unit needs, then tokens, then output blocks, as fit.
+
+    Blocks are whole tiles of registers, unless all of a kind.
+    """
     b1, b2, p, q, t = blocks
     whole = [jb for jb in range(b2, 0, -1) if b2 % jb == 0]
     grain = 16 if rank_first(b2 * t, p) else 128
@@ -149,20 +170,24 @@ def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradie
         buffers = 2 * itemsize * tokens * (b1 * p + jb * q) + copies * factor_itemsize * ranks * (p + q)
         lanes = -(-tokens // 128) * 128
         if gradient:
-            buffers += 2 * 4 * ranks * (p + q) + ranks * lanes * itemsize
+            buffers += (4 + 2 * factor_itemsize) * ranks * (p + q) + ranks * lanes * itemsize
         return buffers + ranks * lanes * (4 + itemsize) + 8 * tokens * q <= vmem_budget()
 
-    fitting = [plan for plan in plans if fit(plan)]
-    # Fewer ranks than a matrix unit has rows leave most of it idle, fewer tokens only some.
-    return max(
-        fitting,
-        key=lambda plan: (min(plan.outputs * t, 256, b2 * t), plan.tokens, plan.outputs),
-        default=None,
-    )
+    def quality(plan: Plan) -> tuple[int, ...]:
+        # Fewer ranks than a matrix unit has rows leave most of it idle, fewer tokens only some.
+        full = min(plan.outputs * t, 256, b2 * t), plan.tokens
+        return (
+            (*full, -max(PARTS, b2 // plan.outputs), -plan.outputs)
+            if plan.tiles == 1
+            else (*full, plan.outputs)
+        )
+
+    return max(filter(fit, plans), key=quality, default=None)
 
 
-def slower(n: int, blocks: Blocks) -> str | None:
+def slower(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int) -> str | None:
     """Why XLA is faster."""
-    if blocks.b1 == blocks.b2 == 1:
-        return "two dense products of full tiles leave nothing to fuse"
+    plan = _plan(n, blocks, itemsize, factor_itemsize, gradient=False)
+    if blocks.b1 == blocks.b2 == 1 and plan is not None and plan.tokens < min(n, matrix_width()):
+        return "beside factors that large VMEM holds too few tokens for a matrix unit"
     return None

@@ -1,5 +1,6 @@
 """What products of matrices fit and fill on a TPU: VMEM, tiles of tokens, layouts."""
 
+import math
 from typing import Any
 
 import jax
@@ -8,6 +9,9 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.lowering import tpu_kind
 from pallas_kernels.tpu.targets import TPUS
+
+# In how many parts factors come where there is one tile of tokens: all but the first arrive amid the work on others.
+PARTS = 4
 
 
 def vmem_bytes() -> int:
@@ -21,10 +25,25 @@ def vmem_budget() -> int:
     return min(vmem_bytes() * 7 // 8, 64 << 20)
 
 
+def cores() -> int:
+    """Of the TPU that a program is traced for, as for `vmem_bytes`: those that share a grid's parallel axes."""
+    known = {tpu.device_kind: tpu.cores for tpu in TPUS.values()}
+    return known.get(tpu_kind() or "", max(known.values()))
+
+
+def matrix_width() -> int:
+    """Columns of a matrix unit of the TPU that a program is traced for, as for `vmem_bytes`."""
+    known = {tpu.device_kind: math.isqrt(tpu.matrix_macs // 4) for tpu in TPUS.values()}
+    return known.get(tpu_kind() or "", max(known.values()))
+
+
 def token_tiles(n: int) -> list[tuple[int, int]]:
-    """(tokens of a tile, number of tiles) for n tokens along the lanes, the best first."""
+    """(tokens of a tile, number of tiles) for n tokens along the lanes, the best first; the last tile may hold fewer.
+
+    Tiles are read and written ragged: to fill up x, and cut the result, takes XLA longer than the product.
+    """
     if n <= 256:
-        return [(-(-n // 16) * 16, 1), *((size, -(-n // size)) for size in (128, 64, 32, 16) if size < n)]
+        return [(max(n, 8), 1), *((size, -(-n // size)) for size in (128, 64, 32, 16) if size < n)]
     sizes = sorted((256, 128), key=lambda size: -(-n // size) * size)
     return [(size, -(-n // size)) for size in (*sizes, 64, 32, 16)]
 

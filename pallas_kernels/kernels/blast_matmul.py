@@ -14,102 +14,166 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.blocks import Blocks
-from pallas_kernels.kernels.monarch_matmul import dot, project_looped
+from pallas_kernels.kernels.monarch_matmul import dot, project_looped, tile_of
 
 GROUP = 8
 
 
-def expand(s: jax.Array) -> jax.Array:
-    """s (b2, b1, r) as matrices (r / GROUP, b2 GROUP, b1 GROUP), diagonal in the ranks of a group."""
-    b2, b1, r = s.shape
-    groups = s.reshape(b2, b1, r // GROUP, GROUP).transpose(2, 0, 3, 1)[..., None]
-    return (groups * jnp.eye(GROUP, dtype=s.dtype)[:, None]).reshape(-1, b2 * GROUP, b1 * GROUP)
-
-
-def contract(matrices: jax.Array, b2: int) -> jax.Array:
-    """The entries of `matrices` that `expand` fills, as (b2, b1, r)."""
-    groups = matrices.reshape(len(matrices), b2, GROUP, -1, GROUP)
-    return jnp.einsum("gjiki->jkgi", groups).reshape(b2, -1, len(matrices) * GROUP)
-
-
 def multiply_stacked(
-    x_ref: Any, v_ref: Any, s_ref: Any, u_ref: Any, o_ref: Any, sum_ref: Any = None, *, blocks: Blocks
-) -> None:
-    """x (n, b1 p), v (b1, r, p), s expanded, u (b2, r, q) -> o (n, b2 q).
+    x_ref: Any, v_ref: Any, s_ref: Any, u_ref: Any, o_ref: Any, m_ref: Any, sum_ref: Any = None, *, blocks: Blocks,
+    parts: int,
+) -> None:  # fmt: skip
+    """x (n, b1 p), v (b1, r, p), s (b2, b1, all ranks), u (b2, r, q) -> o (n, b2 q).
 
-    sum_ref: (n, b2 q) in float32, where programs of some ranks each add up.
+    m_ref: s expanded, by the first program, for all.
+    sum_ref: (n, b2 q) in float32, where `parts` programs add up, of r ranks each.
     """
-    z = _mixed(s_ref[...], _projected(x_ref, v_ref, blocks.b1), 2)
+    _expand_first(s_ref, m_ref)
+    part, ranks, dtype = lax.rem(pl.program_id(1), jnp.int32(parts)), v_ref.shape[1], x_ref.dtype
+    y = _projected(x_ref[...], v_ref, blocks.b1)
+    z = _mixed(_part(m_ref, part, parts), y, 2)
     outs = (
-        dot(z_j, u_ref[j].astype(z_j.dtype), 0, 0)
-        for j, z_j in enumerate(_ungrouped(z, blocks.b2, x_ref.dtype))
+        dot(z_j, u_ref[j].astype(dtype), 0, 0) for j, z_j in enumerate(_ungrouped(z, blocks.b2, ranks, dtype))
     )
     if sum_ref is None:
         for j, out in enumerate(outs):
             o_ref[:, _columns(j, blocks.q)] = out.astype(o_ref.dtype)
         return
-    tile, tiles = pl.program_id(1), pl.num_programs(1)
 
-    @pl.when(tile == 0)
+    @pl.when(part == 0)
     def _() -> None:
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
     for j, out in enumerate(outs):
         sum_ref[:, _columns(j, blocks.q)] += out
 
-    @pl.when(tile == tiles - 1)
+    @pl.when(part == parts - 1)
     def _() -> None:
         o_ref[...] = sum_ref[...].astype(o_ref.dtype)
 
 
 def gradients_stacked(
-    x_ref: Any, g_ref: Any, v_ref: Any, s_ref: Any, u_ref: Any, dv_ref: Any, ds_ref: Any, du_ref: Any, *,
-    blocks: Blocks,
+    x_ref: Any, g_ref: Any, v_ref: Any, s_ref: Any, u_ref: Any, dv_ref: Any, ds_ref: Any, du_ref: Any,
+    m_ref: Any, dv_sum: Any, dm_sum: Any, du_sum: Any, *, blocks: Blocks, tokens: int, tiles: int, parts: int,
 ) -> None:  # fmt: skip
-    """Add what these tokens contribute to the gradients of all factors; the first ones start from zero."""
+    """The gradients of v and u for r of all ranks, and of s for all, from `tokens` tokens in `tiles` tiles.
+
+    The ranks are in `parts` parts; a core of the accelerator has some, and leaves zeros for the others in ds (1, ...).
+    m_ref: s expanded. *_sum: in float32, what programs add up, of dm for all parts.
+    """
+    _expand_first(s_ref, m_ref)
+    step, steps = pl.program_id(1), pl.num_programs(1)
+    tile, part = lax.rem(step, jnp.int32(tiles)), lax.div(step + pl.program_id(0) * steps, jnp.int32(tiles))
+
+    @pl.when(step == 0)
+    def _() -> None:
+        dm_sum[...] = jnp.zeros_like(dm_sum)
+
+    @pl.when(tile == 0)
+    def _() -> None:
+        dv_sum[...] = jnp.zeros_like(dv_sum)
+        du_sum[...] = jnp.zeros_like(du_sum)
+
+    ranks, dtype, s = v_ref.shape[1], x_ref.dtype, _part(m_ref, part, parts)
+    x, g = (tile_of(ref, tile, tokens) for ref in (x_ref, g_ref))
+    y, dz = _projected(x, v_ref, blocks.b1), _projected(g, u_ref, blocks.b2)
+    dm_sum[pl.ds(part * len(s), len(s))] += _batched(dz, y, 1, 1)
+    for j, z_j in enumerate(_ungrouped(_mixed(s, y, 2), blocks.b2, ranks, dtype)):
+        du_sum[j] += dot(z_j, g[:, _columns(j, blocks.q)], 1, 0)
+    for k, dy_k in enumerate(_ungrouped(_mixed(s, dz, 1), blocks.b1, ranks, dtype)):
+        dv_sum[k] += dot(dy_k, x[:, _columns(k, blocks.p)], 1, 0)
+
+    @pl.when(tile == tiles - 1)
+    def _() -> None:
+        dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)
+        du_ref[...] = du_sum[...].astype(du_ref.dtype)
+
+    @pl.when(step == steps - 1)
+    def _() -> None:
+        _contract(dm_sum, ds_ref)
+
+
+def _expand_first(s_ref: Any, m_ref: Any) -> None:
+    """Let the first program write s (b2, b1, r) as matrices (r / GROUP, b2 GROUP, b1 GROUP), diagonal in a group."""
 
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
-        for ref in (dv_ref, ds_ref, du_ref):
-            ref[...] = jnp.zeros_like(ref)
+        b2, b1, r = s_ref.shape
+        # As many output blocks at once as fill a wide matrix unit.
+        at_once = next(m for m in range(max(1, 256 // (b1 * GROUP)), 0, -1) if b2 % m == 0)
+        spread, kept = _spread(at_once * b1, s_ref.dtype), _diagonal(r, at_once * b1)
+        blocks = []
+        for j in range(0, b2, at_once):
+            rows = s_ref[j : j + at_once].reshape(at_once * b1, r)
+            spread_rows = jnp.where(kept, dot(rows, spread, 0, 0), 0)
+            blocks += [_grouped(spread_rows[:, _columns(i, b1 * GROUP)], len(m_ref)) for i in range(at_once)]
+        m_ref[...] = jnp.stack(blocks, 1).reshape(m_ref.shape).astype(m_ref.dtype)
 
-    dtype, s = x_ref.dtype, s_ref[...]
-    y, dz = _projected(x_ref, v_ref, blocks.b1), _projected(g_ref, u_ref, blocks.b2)
-    ds_ref[...] += _batched(dz, y, 1, 1)
-    for j, z_j in enumerate(_ungrouped(_mixed(s, y, 2), blocks.b2, dtype)):
-        du_ref[j] += dot(z_j, g_ref[:, _columns(j, blocks.q)], 1, 0)
-    for k, dy_k in enumerate(_ungrouped(_mixed(s, dz, 1), blocks.b1, dtype)):
-        dv_ref[k] += dot(dy_k, x_ref[:, _columns(k, blocks.p)], 1, 0)
+
+def _contract(m_ref: Any, s_ref: Any) -> None:
+    """Write the entries that `_expand_first` fills, as (1, b2, b1, r)."""
+    _, b2, b1, r = s_ref.shape
+    spread, kept = _spread(b1, m_ref.dtype), _diagonal(r, b1)
+    for j in range(b2):
+        rows = m_ref[:, _columns(j, GROUP)].reshape(-1, b1 * GROUP)[:r]
+        s_ref[0, j] = dot(spread, jnp.where(kept, rows, 0), 1, 1).astype(s_ref.dtype)
+
+
+def _spread(count: int, dtype: Any) -> jax.Array:
+    """What repeats each of `count` columns GROUP times."""
+    shape = (count, count * GROUP)
+    column = lax.div(lax.broadcasted_iota(jnp.int32, shape, 1), jnp.int32(GROUP))
+    return (column == lax.broadcasted_iota(jnp.int32, shape, 0)).astype(dtype)
+
+
+def _diagonal(ranks: int, count: int) -> jax.Array:
+    row, column = (
+        lax.rem(lax.broadcasted_iota(jnp.int32, (ranks, count * GROUP), axis), jnp.int32(GROUP))
+        for axis in (0, 1)
+    )
+    return row == column
+
+
+def _part(m_ref: Any, part: Any, parts: int) -> list[jax.Array]:
+    """The matrices of a part; taken out of one value they would all be copied."""
+    groups = m_ref.shape[0] // parts
+    return [m_ref[part * groups + g] for g in range(groups)]
 
 
 def _columns(block: int, width: int) -> slice:
     return slice(block * width, (block + 1) * width)
 
 
-def _projected(x_ref: Any, v_ref: Any, count: int) -> list[jax.Array]:
-    """For each group the ranks of all blocks of x, (count GROUP, n): rows of whole tiles, so only renamed."""
-    p, dtype = v_ref.shape[2], x_ref.dtype
-    ys = [dot(v_ref[k].astype(dtype), x_ref[:, _columns(k, p)], 1, 1) for k in range(count)]
-    r, n = ys[0].shape
-    grouped = jnp.stack([y.reshape(r // GROUP, GROUP, n) for y in ys], 1).reshape(-1, count * GROUP, n)
-    return [grouped[g].astype(dtype) for g in range(r // GROUP)]
+def _projected(x: jax.Array, v_ref: Any, count: int) -> list[jax.Array]:
+    """For each group the ranks of all blocks of x, (count GROUP, n)."""
+    (_, r, p), n = v_ref.shape, len(x)
+    groups = -(-r // GROUP)
+    ys = [dot(v_ref[k].astype(x.dtype), x[:, _columns(k, p)], 1, 1) for k in range(count)]
+    grouped = jnp.stack([_grouped(y, groups) for y in ys], 1).reshape(groups, count * GROUP, n)
+    return [grouped[g].astype(x.dtype) for g in range(groups)]
 
 
-def _mixed(s: jax.Array, y: Sequence[jax.Array], axis: int) -> jax.Array:
+def _grouped(y: jax.Array, groups: int) -> jax.Array:
+    """Rows (r, n) as (groups, GROUP, n), filled up with zeros: whole tiles of registers, so only renamed."""
+    r, n = y.shape
+    if missing := groups * GROUP - r:
+        y = jnp.concatenate([y, jnp.zeros((missing, n), y.dtype)], 0)
+    return y.reshape(-1, GROUP, n)
+
+
+def _mixed(s: Sequence[jax.Array], y: Sequence[jax.Array], axis: int) -> jax.Array:
     return _batched(s, y, axis - 1, 0)
 
 
-def _batched(
-    a: Sequence[jax.Array] | jax.Array, b: Sequence[jax.Array], axis_a: int, axis_b: int
-) -> jax.Array:
-    return jnp.stack([dot(a[g], b[g], axis_a, axis_b) for g in range(len(b))])
+def _batched(a: Sequence[jax.Array], b: Sequence[jax.Array], axis_a: int, axis_b: int) -> jax.Array:
+    return jnp.stack([dot(left, right, axis_a, axis_b) for left, right in zip(a, b, strict=True)])
 
 
-def _ungrouped(z: jax.Array, count: int, dtype: Any) -> list[jax.Array]:
+def _ungrouped(z: jax.Array, count: int, ranks: int, dtype: Any) -> list[jax.Array]:
     """Each block's ranks as (r, n)."""
     groups, _, n = z.shape
     by_block = z.reshape(groups, count, GROUP, n)
-    return [by_block[:, j].reshape(groups * GROUP, n).astype(dtype) for j in range(count)]
+    return [by_block[:, j].reshape(groups * GROUP, n)[:ranks].astype(dtype) for j in range(count)]
 
 
 def mix_looped(x_ref: Any, v_ref: Any, s_ref: Any, z_ref: Any, *, blocks: Blocks) -> None:

@@ -57,26 +57,43 @@ def multiply_stacked(
 
 
 def gradients_stacked(
-    x_ref: Any, g_ref: Any, a_ref: Any, b_ref: Any, da_ref: Any, db_ref: Any, *, blocks: Blocks,
-    features: tuple[int, int],
+    x_ref: Any, g_ref: Any, a_ref: Any, b_ref: Any, da_ref: Any, db_ref: Any, da_sum: Any, db_sum: Any, *,
+    blocks: Blocks, tokens: int, features: tuple[int, int],
 ) -> None:  # fmt: skip
-    """Add what these tokens contribute to the gradients of a and b; the first ones start from zero."""
+    """The gradients of a and b from `tokens` tokens, which programs add up in float32 in *_sum."""
     b1, b2, p, q, _ = blocks
-    dtype = x_ref.dtype
+    dtype, tile, tiles = x_ref.dtype, pl.program_id(1), pl.num_programs(1)
 
-    @pl.when(pl.program_id(1) == 0)
+    @pl.when(tile == 0)
     def start_from_zero() -> None:
-        da_ref[...] = jnp.zeros_like(da_ref)
-        db_ref[...] = jnp.zeros_like(db_ref)
+        da_sum[...] = jnp.zeros_like(da_sum)
+        db_sum[...] = jnp.zeros_like(db_sum)
 
-    xs = [x_ref[:, k * p : (k + 1) * p] for k in range(b1)]
-    gs = [g_ref[:, j * q : (j + 1) * q] for j in range(b2)]
+    x, g = (tile_of(ref, tile, tokens) for ref in (x_ref, g_ref))
+    xs = [x[:, k * p : (k + 1) * p] for k in range(b1)]
+    gs = [g[:, j * q : (j + 1) * q] for j in range(b2)]
     ys = [dot(a_ref[k], x, features[0], 1) for k, x in enumerate(xs)]
     dys = [dot(b_ref[j], g, features[1], 1) for j, g in enumerate(gs)]
     for j, g in enumerate(gs):
-        db_ref[j] += _outer(_of_block(ys, j, b2).astype(dtype), g, features[1])
+        db_sum[j] += _outer(_of_block(ys, j, b2).astype(dtype), g, features[1])
     for k, x in enumerate(xs):
-        da_ref[k] += _outer(_of_block(dys, k, b1).astype(dtype), x, features[0])
+        da_sum[k] += _outer(_of_block(dys, k, b1).astype(dtype), x, features[0])
+
+    @pl.when(tile == tiles - 1)
+    def leave() -> None:
+        da_ref[...] = da_sum[...].astype(da_ref.dtype)
+        db_ref[...] = db_sum[...].astype(db_ref.dtype)
+
+
+def tile_of(ref: Any, tile: Any, tokens: int) -> jax.Array:
+    """A tile of tokens, with zeros for those that are beyond the last one."""
+    block = ref[...]
+    size = len(block)
+    if tokens % size == 0:
+        return block
+    row = lax.broadcasted_iota(jnp.int32, block.shape, 0)
+    # TPUs select among 32-bit numbers.
+    return jnp.where(row < tokens - tile * size, block.astype(jnp.float32), 0).astype(block.dtype)
 
 
 def _outer(ranks: jax.Array, features: jax.Array, axis: int) -> jax.Array:

@@ -145,6 +145,15 @@ def launcher(
     return why_not or (why_slower if choice.implementation is None else None) or run
 
 
+def rounding(run: Any, dtypes: Sequence[Any]) -> Any:
+    """`run` with its results in `dtypes`, as those of all platforms must be; or why it can't run."""
+    if isinstance(run, str):
+        return run
+    return lambda *arrays, **options: tuple(
+        result.astype(dtype) for result, dtype in zip(run(*arrays, **options), dtypes, strict=True)
+    )
+
+
 def baselines(
     to_dense: Callable[..., jax.Array], torch_form: Callable[..., Any]
 ) -> Mapping[str, Callable[[Case], Prepare | None]]:

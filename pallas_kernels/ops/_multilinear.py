@@ -20,7 +20,7 @@ class Multilinear(NamedTuple):
     """What an operator states. Factors may be None, or integers, which have no gradient.
 
     multiply: (choice, x (n, inputs), *factors) -> (n, outputs), in x's dtype.
-    gradients: (choice, x, cotangents (n, outputs), *factors) -> a gradient of each factor, float32 at least.
+    gradients: (choice, x, cotangents (n, outputs), *factors) -> a gradient of each factor, in its dtype or a wider one.
     transpose: the factors of the transposed matrix.
     """
 

@@ -24,6 +24,7 @@ from pallas_kernels.ops._block_low_rank import (
     prepared,
     project,
     rivals,
+    rounding,
     timed_layers,
 )
 from pallas_kernels.ops._multilinear import Multilinear, multiply
@@ -117,14 +118,17 @@ def _run(kind: str, choice: dispatch.Choice, *arrays: jax.Array) -> Any:
     blocks = Blocks(len(v), len(u), v.shape[2], u.shape[2], s.shape[2])
     sizes = (len(x), blocks, x.dtype.itemsize, v.dtype.itemsize)
 
-    def on(accelerator: Any) -> dispatch.Launcher:
+    def on(accelerator: Any, why_slower: str | None) -> dispatch.Launcher:
         why_not = None if accelerator.fits(*sizes, gradient=kind == "gradients") else accelerator.TOO_LARGE
         run = functools.partial(getattr(accelerator, kind), blocks=blocks)
-        return launcher(choice, x, why_not, accelerator.slower(len(x), blocks), run)
+        return launcher(choice, x, why_not, why_slower, run)
 
-    return dispatch.run(
-        choice, *arrays, name="blast_matmul", xla=by_platform(blocks, *_XLA[kind]), tpu=on(tpu), cuda=on(gpu)
-    )
+    forms = [by_platform(blocks, *_XLA[kind]), on(tpu, None), on(gpu, gpu.slower(len(x), blocks))]
+    if kind == "gradients":
+        dtypes = [f.dtype if jnp.issubdtype(f.dtype, jnp.floating) else jnp.float32 for f in (v, s, u)]
+        forms = [rounding(form, dtypes) for form in forms]
+    xla, for_tpu, for_gpu = forms
+    return dispatch.run(choice, *arrays, name="blast_matmul", xla=xla, tpu=for_tpu, cuda=for_gpu)
 
 
 def _multiply_in_xla(x: jax.Array, v: jax.Array, s: jax.Array, u: jax.Array) -> jax.Array:

@@ -23,9 +23,9 @@ def low_rank_matmul(
 ) -> jax.Array:
     """Multiply by a matrix of low rank.
 
-    out[n, :] = U^T (s * (V x[n, :])), and what lies between the factors is rounded to x's dtype. XLA's two products
-    are as fast as a kernel that fuses them, which only `implementation="pallas"` takes, where VMEM, or the registers of
-    a GPU, hold it.
+    out[n, :] = U^T (s * (V x[n, :])), and what lies between the factors is rounded to x's dtype. A TPU takes one kernel
+    where its VMEM holds the factors. On a GPU XLA's two products are as fast as a kernel that fuses them, which only
+    `implementation="pallas"` takes, where the registers hold it.
 
     Args:
       x: (..., p); float32, bfloat16, float16, or float64 (XLA only).

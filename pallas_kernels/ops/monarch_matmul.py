@@ -24,6 +24,7 @@ from pallas_kernels.ops._block_low_rank import (
     prepared,
     project,
     rivals,
+    rounding,
     timed_layers,
 )
 from pallas_kernels.ops._multilinear import Multilinear, multiply
@@ -127,18 +128,20 @@ def to_dense(
 def _multiply(
     choice: dispatch.Choice, x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array | None
 ) -> jax.Array:
-    return _run("multiply", choice, x, a, b, scale)
+    return _run("multiply", choice, x.dtype, x, a, b, scale)
 
 
 def _gradients(
     choice: dispatch.Choice, x: jax.Array, g: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array | None
 ) -> tuple[jax.Array | None, ...]:
     if scale is None:
-        return *_run("gradients", choice, x, g, a, b), None
+        return *_run("gradients", choice, a.dtype, x, g, a, b), None
     # The scale goes with the first factor, into whose gradient it then enters.
     b2, b1, t = scale.shape
     rows = scale.swapaxes(0, 1).reshape(b1, b2 * t, 1)
-    scaled, db = _run("gradients", choice, x, g, (a * rows).astype(x.dtype), b.astype(x.dtype))
+    scaled, db = _run(
+        "gradients", choice, jnp.dtype(jnp.float32), x, g, (a * rows).astype(x.dtype), b.astype(x.dtype)
+    )
     dscale = jnp.sum(scaled * a, -1).reshape(b1, b2, t).swapaxes(0, 1)
     return scaled * rows, db, dscale
 
@@ -150,27 +153,30 @@ def _transpose(a: jax.Array, b: jax.Array, scale: jax.Array | None) -> tuple[jax
 MONARCH = Multilinear(_multiply, _gradients, _transpose)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(kind: str, choice: dispatch.Choice, *arrays: Any) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(kind: str, choice: dispatch.Choice, dtype: Any, *arrays: Any) -> Any:
+    """dtype: of the results."""
     x, a, b = arrays[0], *arrays[-2 if kind == "gradients" else 1 :][:2]
     b1, b2 = len(a), len(b)
     blocks = Blocks(b1, b2, a.shape[2], b.shape[2], a.shape[1] // b2)
     sizes = (len(x), blocks, x.dtype.itemsize, a.dtype.itemsize)
 
-    def on(accelerator: Any) -> dispatch.Launcher:
-        gradient = kind == "gradients"
-        why_not = None if accelerator.fits(*sizes, gradient=gradient) else accelerator.TOO_LARGE
-        run = functools.partial(getattr(accelerator, kind), blocks=blocks)
-        return launcher(choice, x, why_not, accelerator.slower(len(x), blocks), run)
+    gradient = kind == "gradients"
 
-    return dispatch.run(
-        choice,
-        *arrays,
-        name="monarch_matmul",
-        xla=by_platform(blocks, *_XLA[kind]),
-        tpu=on(tpu),
-        cuda=on(gpu),
-    )
+    def on(accelerator: Any, why_slower: str | None, **options: Any) -> dispatch.Launcher:
+        why_not = None if accelerator.fits(*sizes, gradient=gradient) else accelerator.TOO_LARGE
+        run = functools.partial(getattr(accelerator, kind), blocks=blocks, **options)
+        return launcher(choice, x, why_not, why_slower, run)
+
+    forms = [
+        by_platform(blocks, *_XLA[kind]),
+        on(tpu, tpu.slower(*sizes), **({"dtype": dtype} if gradient else {})),
+        on(gpu, gpu.slower(len(x), blocks)),
+    ]
+    if gradient:
+        forms = [rounding(form, (dtype, dtype)) for form in forms]
+    xla, for_tpu, for_gpu = forms
+    return dispatch.run(choice, *arrays, name="monarch_matmul", xla=xla, tpu=for_tpu, cuda=for_gpu)
 
 
 def _multiply_in_xla(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array | None) -> jax.Array:
