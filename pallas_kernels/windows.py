@@ -82,6 +82,13 @@ class Axis(NamedTuple):
         before, after = self.dilation * lo, self.dilation * (self.kernel - hi)
         return self._replace(kernel=hi - lo, pad_lo=self.pad_lo - before, pad_hi=self.pad_hi - after)
 
+    @property
+    def mirrored(self) -> "Axis":
+        """For stride 1: the axis along which the outputs' cotangent and the flipped kernel give the input gradient."""
+        reach = self.dilation * (self.kernel - 1)
+        pads = reach - self.pad_lo, self.size - self.out + self.pad_lo
+        return Axis(self.out, self.kernel, 1, self.dilation, *pads)
+
     def tap_range(self, k: int) -> Taps:
         """For tap k the outputs that read a pixel through it: `source` is the input's index, `tap` the output's."""
         return Taps(self.dilation * k - self.pad_lo, self.stride, 0, 1, 0, self.out).inside(self.size)
@@ -233,10 +240,18 @@ class Strips(NamedTuple):
     @property
     def starts(self) -> list[int]:
         """The first source of each strip; out of range where a strip reads padding."""
-        if self.count == 1:
-            return [0]
-        step = self.size // self.gather.period * self.gather.advance
-        return [self.gather.window(self.size)[0] + i * step for i in range(self.count)]
+        first, step = self.first, self.step
+        return [first + i * step for i in range(self.count)]
+
+    @property
+    def first(self) -> int:
+        """The first source of the first strip."""
+        return self.gather.window(self.size)[0] if self.count > 1 else 0
+
+    @property
+    def step(self) -> int:
+        """How far the sources move from one strip to the next."""
+        return self.size // self.gather.period * self.gather.advance
 
     def of_targets(self) -> "Strips":
         """The same strips of the targets themselves: no halo."""
@@ -248,7 +263,7 @@ class Strips(NamedTuple):
         taps = [self.gather.taps(t) for t in range(self.size)]
         if self.count == 1:
             return [t.inside(self.gather.sources) for t in taps]
-        first = self.starts[0]
+        first = self.first
         return [t.shifted(first) for t in taps]
 
     @property
@@ -257,7 +272,7 @@ class Strips(NamedTuple):
         axis = self.gather.axis
         if self.count == 1:
             return [axis.tap_range(k) for k in range(axis.kernel)]
-        first = self.starts[0] + axis.pad_lo
+        first = self.first + axis.pad_lo
         return [Taps(axis.dilation * k - first, axis.stride, 0, 1, 0, self.size) for k in range(axis.kernel)]
 
     def cut(self, x: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as pk
 from pallas_kernels import aot, lowering, testing
+from pallas_kernels.aot._programs import described
 from pallas_kernels.ops.depthwise_conv import OPERATOR, reference
 
 CASES = OPERATOR.parity_cases()
@@ -238,7 +239,7 @@ def test_donation(conv, random):
 
 def lowered(function, *args, platform):
     """StableHLO for a platform. From 0.12 on JAX asks for which GPU."""
-    gpu = aot._abstract_device(aot.TARGETS["sm_90"])
+    gpu = described(aot.TARGETS["sm_90"])
     with gpu if platform == "cuda" else contextlib.nullcontext():
         return jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
@@ -265,11 +266,11 @@ def test_the_platform_lowered_for_has_its_kernel(platform, implementation, trans
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_float32_has_its_kernel_where_float64_is_enabled(platform):
+@pytest.mark.parametrize("shapes", [(X, W), ((1, 56, 56, 96), (7, 7, 96))], ids=["unrolled", "loops"])
+def test_float32_has_its_kernel_where_float64_is_enabled(shapes, platform):
     with lowering.enable_x64():
-        assert kernels_in(lowered(gradients(pk.depthwise_conv), *structs(X, W), platform=platform)) == {
-            platform
-        }
+        text = lowered(gradients(pk.depthwise_conv), *structs(*shapes), platform=platform)
+    assert kernels_in(text) == {platform}
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
@@ -324,7 +325,7 @@ def test_gradient_of_a_replicated_weight_inside_shard_map(mesh, random):
 @each_split
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_shard_map_lowers_to_kernels(split, platform):
-    with aot._abstract_device(aot.TARGETS["sm_90"]):
+    with described(aot.TARGETS["sm_90"]):
         device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     # The mesh of a shard_map says which GPU it lowers for.
     options = {"abstract_device": device} if device is not None and platform == "cuda" else {}

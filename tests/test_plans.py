@@ -15,8 +15,16 @@ from pallas_kernels.windows import Axis, Blocks, Gather, Strips
 
 # (images, rows, columns, channels), (kernel), stride
 GEOMETRIES = [((19, 11, 6, 5), (5, 3), 1), ((4, 9, 10, 3), (3, 3), 2)]
-# rows of a block in periods, columns of a strip in periods, images in the lanes, groups, unroll
-TPU_PLANS = [(99, 99, 1, 1, 1), (1, 99, 2, 1, 2), (2, 2, 1, 1, 64), (3, 1, 4, 1, 1)]
+# places of a slab, rows of a block in periods, columns of a piece in periods, unroll
+TPU_PLANS = [
+    ("batch", 99, 99, 1),
+    ("batch", 1, 99, 2),
+    ("batch", 2, 2, 64),
+    ("images", 99, 99, 1),
+    ("images", 2, 2, 64),
+    ("strips", 99, 99, 1),
+    ("strips", 2, 4, 64),
+]
 
 
 def arrays(shape: tuple[int, ...], kernel: tuple[int, ...], stride: int) -> tuple[Any, ...]:
@@ -51,13 +59,16 @@ def assert_near(got: list[jax.Array], want: list[jax.Array]) -> None:
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("numbers", TPU_PLANS, ids=str)
 def test_tpu_plans(monkeypatch: pytest.MonkeyPatch, geometry: Any, numbers: Any) -> None:
-    block, strip, fold, groups, unroll = numbers
+    places, block, piece, unroll = numbers
 
     def plan(n: int, c: int, itemsize: int, rows: Gather, cols: Gather, *, gradient: bool) -> tpu.Plan:
         blocks = Blocks(rows, min(rows.targets, block * rows.period))
-        strips = Strips(cols, min(cols.targets, strip * cols.period))
-        images = tpu.Plan(blocks, strips, fold, 1, unroll).slabs(n, c)[0]
-        return tpu.Plan(blocks, strips, fold, images if gradient and unroll > 4 else groups, unroll)
+        pieces = Strips(cols, min(cols.targets, piece * cols.period))
+        periods = -(-pieces.size // cols.period)
+        strips = Strips(cols, -(-periods // 8) * cols.period) if places == "strips" else pieces
+        plan = tpu.Plan(blocks, places, pieces, strips, unroll=unroll)
+        groups = gradient and places == "batch" and unroll > 4
+        return plan._replace(groups=plan.programs(n, c)[0]) if groups else plan
 
     monkeypatch.setattr(tpu, "_plan", plan)
     axes, x, w, g = arrays(*geometry)
@@ -72,7 +83,7 @@ def test_tpu_groups_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     def grouped(*args: Any, gradient: bool) -> tpu.Plan:
         plan = search(*args, gradient=gradient)
         assert plan is not None
-        return plan._replace(groups=1 if gradient else 2)
+        return plan._replace(lanes=1 if gradient else 2)
 
     monkeypatch.setattr(tpu, "_plan", grouped)
     geometry = ((3, 4, 3, 256), (3, 3), 1)
@@ -127,14 +138,37 @@ def test_gpu_code_does_not_grow_with_the_image(stride: int) -> None:
     assert equations(2 * 112) <= 1.1 * equations(112)
 
 
+def planned(shape: tuple[int, ...], kernel: int, gradient: bool) -> tpu.Plan:
+    """What the launch of a convolution that keeps the image's size goes by, in float32."""
+    n, *sizes, c = shape
+    rows, cols = (Gather(Axis(size, kernel, 1, 1, kernel // 2, kernel // 2)) for size in sizes)
+    plan = tpu._plan(n, c, 4, rows, cols, gradient=gradient)
+    assert plan is not None
+    return plan
+
+
 @pytest.mark.parametrize(
     "shape, kernel", [((1, 64, 64, 64), 31), ((8, 56, 56, 96), 7), ((2, 224, 224, 40), 3)]
 )
 @pytest.mark.parametrize("gradient", [False, True])
 def test_tpu_plans_fit(shape: tuple[int, ...], kernel: int, gradient: bool) -> None:
-    n, *sizes, c = shape
-    rows, cols = (Gather(Axis(size, kernel, 1, 1, kernel // 2, kernel // 2)) for size in sizes)
-    plan = tpu._plan(n, c, 4, rows, cols, gradient=gradient)
-    assert plan is not None
-    assert tpu._vmem_bytes(plan, 4, gradient) <= tpu.VMEM_BYTES
-    assert tpu._program(plan.blocks, plan.strips, plan.unroll, gradient)[0] <= tpu.CODE_BUDGET
+    plan, c = planned(shape, kernel, gradient), shape[-1]
+    assert tpu._vmem_bytes(plan, c, 4, gradient) <= tpu.VMEM_BYTES
+    assert plan.lanes * tpu._program(plan.blocks, plan.strips, plan.unroll, gradient)[0] <= tpu.CODE_BUDGET
+
+
+@pytest.mark.parametrize(
+    "shape, kernel",
+    [
+        ((1, 56, 56, 96), 7),
+        ((8, 56, 56, 128), 3),
+        ((8, 56, 56, 80), 13),
+        ((16, 28, 28, 80), 13),
+        ((64, 7, 7, 768), 13),
+    ],
+)
+@pytest.mark.parametrize("gradient", [False, True])
+def test_tpu_launches_read_images_as_they_lie(shape: tuple[int, ...], kernel: int, gradient: bool) -> None:
+    """Copies by XLA would take longer than the kernels."""
+    n, _, width, c = shape
+    assert tpu._copy_cycles(n, c, width, planned(shape, kernel, gradient)) == 0

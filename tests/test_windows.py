@@ -68,6 +68,16 @@ def block_sizes(gather):
 
 
 @each_axis
+def test_the_mirrored_axis_gives_the_input_gradient(axis):
+    axis = axis._replace(stride=1)
+    flipped = {
+        target: sorted((source, axis.kernel - 1 - tap) for source, tap in pairs)
+        for target, pairs in reads(Gather(axis.mirrored)).items()
+    }
+    assert flipped == reads(Gather(axis, transposed=True))
+
+
+@each_axis
 def test_out_counts_the_places_of_the_dilated_kernel(axis):
     places = range(-axis.pad_lo, axis.size + axis.pad_hi - axis.dilation * (axis.kernel - 1), axis.stride)
     assert axis.out == len(places)

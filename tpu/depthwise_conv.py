@@ -1,61 +1,44 @@
 """How depthwise convolution runs on a TPU.
 
-Slabs are (8 images, 128 channels), one vector register, so that rows and columns are plain addresses: any tap, stride
-or dilation is an aligned load, taps in the padding are skipped, and odd heights and widths waste nothing. That is the
-layout (height, width, batch, channels), which XLA gives convolutions too, so that it can often leave out the
-transposition. Few images are cut into vertical strips, which fill the 8 places; few channels share the 128 lanes with
-those of other images.
+Slabs are (8 places, 128 lanes), one vector register, so that rows and columns are plain addresses: any tap, stride or
+dilation is one load, taps in the padding are skipped, and odd heights and widths waste nothing. The places are images
+or strips of one image's columns, channels fill the lanes. XLA would often take longer to transpose or cut arrays like
+that than the kernel does to convolve them, so programs do it themselves, with the block in VMEM.
 """
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.kernels.depthwise_conv import Slab, correlate, correlate_gradient
+from pallas_kernels.kernels.depthwise_conv import correlate, correlate_gradient
 from pallas_kernels.lowering import Work, launch
+from pallas_kernels.tpu._depthwise_conv_slabs import IMAGES, LANES, Places, Plan, Slabs, slabs_of
 from pallas_kernels.windows import Axis, Blocks, Gather, Strips
 
-IMAGES, LANES = 8, 128
 # What every TPU since v4 has, less what the compiler keeps for itself.
 VMEM_BYTES = 14 << 20
 # Multiply-adds in the code of a program, all unrolled: what compiles within seconds.
 CODE_BUDGET = 14_500
-# Columns, of the image or of the kernel, that are accumulated together: the other registers hold a row of weights.
-TILE = 14
+# Columns, of the image or of the kernel, that are always accumulated together; and how many registers hold columns of
+# the image and a row of weights.
+TILE, REGISTERS = 14, 41
 # Groups of images in one iteration of the loop over them.
 GROUPS = 4
 # From this many equal rows on, a loop over them with all taps unrolled beats a loop over the taps of each.
 EQUAL_ROWS = 4
 # Cycles, measured on v5e: to start a program, to start an iteration of a loop, to reduce one sum over the images, to
-# unpack a slab.
-PROGRAM, ITERATION, REDUCTION, UNPACKING = 250, 12, 6, 0.75
+# gather a register of pixels or put it back; to fetch the code of a multiply-add.
+PROGRAM, ITERATION, REDUCTION, GATHERING, CODE = 250, 12, 6, 2, 0.3
+# Cycles, as XLA estimates them, to copy a register of pixels from the layout that it gives an array to the one that
+# the kernel reads, to pad its channels, and to do more than that.
+TRANSPOSITION, PADDING, REGROUPING = 16, 22, 150
 # Multiply-adds of registers, and bytes from HBM, in a cycle.
 MULTIPLY_ADDS, BANDWIDTH = 2 * 0.96, 545
-
-
-class Plan(NamedTuple):
-    """How a launch cuts its arrays.
-
-    fold: images that share the lanes.
-    groups: of slabs in a program: of channels, or of images where they are summed over.
-    unroll: rows, of the kernel or of pixels, in one iteration of the inner loop.
-    """
-
-    blocks: Blocks
-    strips: Strips
-    fold: int
-    groups: int
-    unroll: int
-
-    def slabs(self, n: int, c: int) -> tuple[int, int]:
-        """How many slabs of images, and of channels, the arrays hold."""
-        return -(-n * self.strips.count // (self.fold * IMAGES)), -(-self.fold * c // LANES)
 
 
 def convolve(
@@ -81,32 +64,43 @@ def convolve(
             convolve(x, w[taps], b, part, cols, dtype=jnp.float32, interpret=interpret)
             for b, (taps, part) in zip((bias, None), _halves(rows), strict=True)
         ]
-        return sum(parts).astype(dtype)
-    blocks, strips, fold, groups, unroll = plan
-    columns = strips.columns
-    slabs = _to_slabs(x, strips, fold)
-    *_, images, lanes = slabs.shape
-    weights = [_to_lanes(a, fold, lanes) for a in (w, jnp.zeros((1, c)) if bias is None else bias[None])]
+        return functools.reduce(jnp.add, parts).astype(dtype)
+    blocks, columns = plan.blocks, plan.strips.columns
+    sources, targets = _sides(plan, c, x.dtype.itemsize, gradient=False)
+    weights = [_to_lanes(a, sources) for a in (w, *([] if bias is None else [bias[None]]))]
 
-    def block_of_kind(refs: Any, block: int) -> None:
-        correlate(
-            *refs, slab=_channel_slab(groups), rows=blocks.rows(block), cols=columns,
-            tile=_even(len(columns), TILE), unroll=unroll, unrolled_rows=EQUAL_ROWS,
-        )  # fmt: skip
+    def body(x_ref: Any, w_ref: Any, *refs: Any) -> None:
+        b_ref, o_ref, *scratch = refs if bias is not None else (None, *refs)
+        x_slabs = sources.gather(x_ref, scratch)
+        o_slabs = scratch[-1] if targets.copied else o_ref
 
-    wide = _wide(x.dtype, (blocks.window, strips.window, IMAGES, LANES * groups))
+        def block_of_kind(block: int) -> None:
+            for group in range(plan.lanes):
+                correlate(
+                    sources.of(x_slabs, group), w_ref, b_ref, targets.of(o_slabs, group),
+                    slab=sources.slab(group), rows=blocks.rows(block), cols=columns,
+                    tile=_tile(plan.strips, gradient=False), unroll=plan.unroll, unrolled_rows=EQUAL_ROWS,
+                    rows_at_once=_rows_at_once(plan.strips),
+                )  # fmt: skip
+
+        _each_kind(blocks, block_of_kind)
+        if targets.copied:
+            targets.put_back(o_slabs, o_ref)
+
+    nbytes = x.nbytes + n * rows.targets * cols.targets * c * dtype.itemsize + w.nbytes
+    images, channels = plan.programs(n, c)
+    sizes = rows.targets, plan.pieces.size, images * plan.images, channels * plan.channels(c)
     out = launch(
-        lambda *refs: _each_kind(blocks, functools.partial(block_of_kind, _widen(refs, len(wide)))),
-        slabs, *weights,
+        body, _arrange(x, plan), *weights,
         platform="tpu", interpret=interpret, name="depthwise_conv" + "_input_gradient" * rows.transposed,
-        grid=(images // IMAGES, lanes // (LANES * groups), blocks.count),
-        in_specs=[_window_spec(blocks, strips, IMAGES, LANES * groups), *(_whole_spec(a, groups) for a in weights)],
-        out_specs=_block_spec(blocks, strips, IMAGES, LANES * groups),
-        out_shape=jax.ShapeDtypeStruct((rows.targets, strips.size, images, lanes), _loadable(dtype)),
-        scratch_shapes=wide,
-        work=_work(n, c, plan, x.nbytes + n * rows.targets * cols.targets * c * dtype.itemsize + w.nbytes),
+        grid=(images, channels, blocks.count),
+        in_specs=[sources.spec(blocks), *(_whole_spec(a, sources) for a in weights)],
+        out_specs=targets.spec(),
+        out_shape=jax.ShapeDtypeStruct(plan.ordered(*sizes), _loadable(dtype)),
+        scratch_shapes=[*sources.scratch, *targets.scratch],
+        work=_work(n, c, plan, nbytes),
     )  # fmt: skip
-    return _from_slabs(out, n, c, cols.targets, strips, fold).astype(dtype)
+    return _from_arranged(out, n, c, cols.targets, plan).astype(dtype)
 
 
 def weight_gradient(
@@ -129,50 +123,37 @@ def weight_gradient(
         return jnp.concatenate(
             [weight_gradient(x, g, part.axis, cols, interpret=interpret) for _, part in halves]
         )
-    blocks, strips, fold, groups, unroll = plan
-    columns = strips.kernel_columns
-    slabs, cotangents = (_to_slabs(a, s, fold) for a, s in ((x, strips), (g, strips.of_targets())))
-    lanes, programs = slabs.shape[-1], slabs.shape[-2] // (IMAGES * groups)
+    blocks, columns = plan.blocks, plan.strips.kernel_columns
+    sources, targets = _sides(plan, c, x.dtype.itemsize, gradient=True)
     # Reducing the sums over images takes longer than writing them, once for all of the images.
-    sums = (rows.kernel, cols.kernel * (IMAGES if groups > 1 else 1))
+    sums = (rows.kernel, cols.kernel * (IMAGES if plan.groups > 1 else 1))
 
-    areas = (blocks.window, strips.window), (blocks.size, strips.size)
-    wide = _wide(x.dtype, *((*sizes, IMAGES * groups, LANES) for sizes in areas))
+    def body(x_ref: Any, g_ref: Any, o_ref: Any, *scratch: Any) -> None:
+        x_slabs, g_slabs = sources.gather(x_ref, scratch), targets.gather(g_ref, scratch[1:])
 
-    def block_of_kind(refs: Any, block: int) -> None:
-        correlate_gradient(
-            *refs, slab=_image_slab(groups), rows=blocks.kernel_rows(block), cols=columns,
-            tile=_even(len(columns), TILE), unroll=unroll, unroll_groups=GROUPS,
-        )  # fmt: skip
+        def block_of_kind(block: int) -> None:
+            for group in range(plan.lanes):
+                correlate_gradient(
+                    sources.of(x_slabs, group), targets.of(g_slabs, group), o_ref,
+                    slab=sources.slab(group), rows=blocks.kernel_rows(block), cols=columns,
+                    tile=_tile(plan.strips, gradient=True), unroll=plan.unroll, unroll_groups=GROUPS,
+                )  # fmt: skip
 
+        _each_kind(blocks, block_of_kind)
+
+    images, channels = plan.programs(n, c)
     partial_sums = launch(
-        lambda *refs: _each_kind(blocks, functools.partial(block_of_kind, _widen(refs, len(wide)))),
-        slabs, cotangents,
+        body, _arrange(x, plan), _arrange(g, plan._replace(pieces=plan.pieces.of_targets())),
         platform="tpu", interpret=interpret, name="depthwise_conv_weight_gradient",
-        grid=(programs, lanes // LANES, blocks.count),
-        in_specs=[spec(blocks, strips, IMAGES * groups, LANES) for spec in (_window_spec, _block_spec)],
-        out_specs=pl.BlockSpec((None, *sums, LANES), lambda s, c, b: (s * blocks.count + b, 0, 0, c)),
-        out_shape=jax.ShapeDtypeStruct((programs * blocks.count, *sums, lanes), jnp.float32),
-        scratch_shapes=wide,
+        grid=(images, channels, blocks.count),
+        in_specs=[sources.spec(blocks), targets.spec()],
+        out_specs=pl.BlockSpec((None, *sums, sources.width), lambda s, c, b: (s * blocks.count + b, 0, 0, c)),
+        out_shape=jax.ShapeDtypeStruct((images * blocks.count, *sums, channels * sources.width), jnp.float32),
+        scratch_shapes=[*sources.scratch, *targets.scratch],
         work=_work(n, c, plan, x.nbytes + g.nbytes + rows.kernel * cols.kernel * c * 4),
     )  # fmt: skip
-    total = partial_sums.sum(0)[..., : fold * c]
+    total = partial_sums.sum(0)[..., :c]
     return total.reshape(rows.kernel, cols.kernel, -1, c).sum(2)
-
-
-def _channel_slab(groups: int) -> Slab:
-    lanes = lambda group: pl.ds(group * LANES, LANES)  # noqa: E731
-    return Slab(
-        (IMAGES, LANES), lambda row, column, group: (row, column, slice(None), lanes(group)), lanes, groups
-    )
-
-
-def _image_slab(groups: int) -> Slab:
-    def at(row: Any, column: Any, group: Any) -> tuple[Any, ...]:
-        first = group * IMAGES if isinstance(group, int) else pl.multiple_of(group * IMAGES, IMAGES)
-        return row, column, pl.ds(first, IMAGES)
-
-    return Slab((IMAGES, LANES), at, groups=groups)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -180,56 +161,69 @@ def _plan(n: int, c: int, itemsize: int, rows: Gather, cols: Gather, *, gradient
     """The plan of the fewest estimated cycles whose blocks fit in VMEM; None if no plan does."""
     costs = (
         (_launch_cycles(n, c, itemsize, plan, gradient), plan)
-        for strips in _strip_choices(cols)
-        if _width(strips, gradient) <= CODE_BUDGET
         for blocks in _block_choices(rows)
+        for layout in _layout_choices(n, c, itemsize, blocks, cols)
+        if _width(layout.strips, gradient) <= CODE_BUDGET
         for unroll in (1, 2, 4, 64)
-        for fold in {1, *(f for f in (2, 4, 8, 16, 32) if f <= n * strips.count and f * c <= 8 * LANES)}
-        for groups in _group_choices(n, c, Plan(blocks, strips, fold, 1, unroll), gradient)
-        for plan in (Plan(blocks, strips, fold, groups, unroll),)
-        if _vmem_bytes(plan, itemsize, gradient) <= VMEM_BYTES
+        for plan in _group_choices(n, c, layout._replace(unroll=unroll), gradient)
+        if _vmem_bytes(plan, c, itemsize, gradient) <= VMEM_BYTES
     )
     return min(costs, key=lambda cost: cost[0], default=(0, None))[1]
 
 
-def _group_choices(n: int, c: int, plan: Plan, gradient: bool) -> Iterator[int]:
-    """Groups that divide the slabs and whose code stays within its budget.
+def _layout_choices(n: int, c: int, itemsize: int, blocks: Blocks, cols: Gather) -> Iterator[Plan]:
+    """What the places of a slab are."""
+    periods = -(-cols.targets // cols.period)
+    for count in (1, 2, 4, 8, 16, 32, 64, 256, 1024):
+        if count > max(1, periods // 16):
+            return
+        pieces = Strips(cols, min(-(-periods // count) * cols.period, cols.targets))
+        images = n * pieces.count
+        size = -(-pieces.size // (IMAGES * cols.period))
+        # Loads with such a stride meet in the banks of VMEM.
+        size += size * max(cols.period, cols.advance) % 16 == 0
+        # Blocks of several images, of some of their rows, are copied in one dimension more than those of one image.
+        # That many a DMA has if pixels and columns fill their tiles.
+        tiled = c % LANES == pieces.window * itemsize % 32 == pieces.size * itemsize % 32 == 0
+        whole = images % IMAGES == 0 and (tiled or blocks.count == 1)
+        kinds: Sequence[Places] = ("batch", "images", "strips") if whole else ("batch", "strips")
+        for kind in kinds:
+            strips = Strips(cols, size * cols.period) if kind == "strips" else pieces
+            if strips.size <= CODE_BUDGET:
+                yield Plan(blocks, kind, pieces, strips)
+
+
+def _group_choices(n: int, c: int, plan: Plan, gradient: bool) -> Iterator[Plan]:
+    """Groups that divide the slabs, or hold all channels, and whose code stays within its budget.
 
     Groups of images are looped over, which only code without another loop can be. All images or none: other blocks
     are not contiguous, and a copy of them takes the DMA engine one more dimension.
     """
     code, _, has_loop = _program(plan.blocks, plan.strips, plan.unroll, gradient)
-    images, channels = plan.slabs(n, c)
-    if code > CODE_BUDGET:
-        return
-    yield 1
-    if not gradient:
-        yield from (g for g in range(2, 9) if channels % g == 0 and g * code <= CODE_BUDGET)
-    elif not has_loop and images > 1:
-        yield images
-
-
-def _strip_choices(cols: Gather) -> Iterator[Strips]:
-    periods = -(-cols.targets // cols.period)
-    sizes = {
-        -(-periods // count) * cols.period for count in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64, 256, 1024)
-    }
-    yield from (Strips(cols, min(size, cols.targets)) for size in sorted(sizes, reverse=True))
+    channels = -(-c // LANES)
+    for lanes in range(1, 9):
+        if channels % lanes == 0 and lanes * code <= CODE_BUDGET:
+            choice = plan._replace(lanes=lanes)
+            yield choice
+            images = choice.programs(n, c)[0]
+            if gradient and plan.places == "batch" and not has_loop and images > 1:
+                yield choice._replace(groups=images)
 
 
 def _block_choices(rows: Gather) -> Iterator[Blocks]:
     yield Blocks(rows, rows.targets)
-    sizes = (size * rows.period for size in (32, 28, 24, 16, 14, 12, 8, 7, 4, 2, 1))
+    sizes = (size * rows.period for size in (48, 32, 28, 24, 16, 14, 12, 8, 7, 4, 2, 1))
     yield from (Blocks(rows, size) for size in sizes if size < rows.targets)
 
 
+@functools.lru_cache(maxsize=4096)
 def _program(blocks: Blocks, strips: Strips, unroll: int, gradient: bool) -> tuple[int, float, bool]:
     """Multiply-adds in the code for a slab; cycles for all of its blocks; whether the code holds a loop."""
-    tiles = -(-(strips.gather.axis.kernel if gradient else strips.size) // TILE)
+    tiles = -(-(strips.gather.axis.kernel if gradient else strips.size) // _tile(strips, gradient))
     width = _width(strips, gradient)
     code, cycles, has_loop = 0, 0.0, False
     for same, copies, iterations, rows in _loops(blocks, gradient):
-        unrolled = unroll if rows == 1 else 1
+        unrolled = unroll if rows == 1 else _rows_at_once(strips)
         chunks = iterations // unrolled
         inline = iterations if chunks < 2 else unrolled + iterations % unrolled
         code += copies * inline * rows * width
@@ -237,6 +231,17 @@ def _program(blocks: Blocks, strips: Strips, unroll: int, gradient: bool) -> tup
         overhead = tiles * ITERATION * (chunks if chunks > 1 else 0)
         cycles += same * copies * (iterations * rows * width / MULTIPLY_ADDS + overhead)
     return code, cycles, has_loop
+
+
+def _tile(strips: Strips, gradient: bool) -> int:
+    """Columns, of the kernel for its gradient, that are accumulated together."""
+    kernel = strips.gather.axis.kernel
+    return _even(kernel, TILE) if gradient else _even(strips.size, max(TILE, REGISTERS - kernel))
+
+
+def _rows_at_once(strips: Strips) -> int:
+    """Rows of few columns that the registers of a tile hold together: their sums don't wait for each other."""
+    return max(1, min(2, TILE // strips.size))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -261,47 +266,56 @@ def _loops(blocks: Blocks, gradient: bool) -> list[tuple[int, int, int, int]]:
 
 
 def _launch_cycles(n: int, c: int, itemsize: int, plan: Plan, gradient: bool) -> float:
-    """Arithmetic or memory, whichever takes longer; the first and the last block, which nothing hides; copies."""
-    blocks, strips, fold, groups, unroll = plan
-    slabs = math.prod(plan.slabs(n, c))
-    programs = slabs // groups * blocks.count
-    _, cycles, _ = _program(blocks, strips, unroll, gradient)
-    start = PROGRAM + UNPACKING * groups * _widened_slabs(plan, itemsize, gradient)
+    """Arithmetic or memory, whichever takes longer; the first and the last block, which nothing hides; code; copies."""
+    programs = math.prod(plan.programs(n, c)) * plan.blocks.count
+    rows, cols = plan.blocks.gather, plan.strips.gather
+    code, cycles, _ = _program(plan.blocks, plan.strips, plan.unroll, gradient)
+    start = PROGRAM + GATHERING * _scratch_bytes(plan, c, itemsize, gradient) / (IMAGES * LANES * 4)
     if gradient:
-        start += REDUCTION * (groups == 1) * blocks.gather.axis.kernel * strips.gather.axis.kernel
-        cycles += ITERATION * blocks.gather.axis.kernel / GROUPS * (groups > 1)
-    exposed = _block_bytes(plan, itemsize, gradient) / BANDWIDTH
-    pixel = slabs * IMAGES * LANES * itemsize / BANDWIDTH
-    copied = (
-        0 if strips.count == fold == 1 and n % IMAGES == c % LANES == 0 else pixel * blocks.gather.sources
+        start += REDUCTION * (plan.groups == 1) * plan.lanes * rows.axis.kernel * cols.axis.kernel
+        cycles += ITERATION * rows.axis.kernel / GROUPS * (plan.groups > 1)
+    exposed = _block_bytes(plan, c, itemsize, gradient) / BANDWIDTH
+    registers = max(1.0, n / IMAGES) * -(-c // LANES)
+    copies = registers * (
+        rows.sources * cols.sources * _copy_cycles(n, c, cols.sources, plan)
+        + rows.targets * cols.targets * _copy_cycles(n, c, cols.targets, plan)
     )
-    return max(slabs * cycles + programs * start, programs * exposed) + exposed + 2 * copied * strips.window
+    once = exposed + CODE * plan.lanes * code + copies
+    return max(plan.slabs(n, c) * cycles + programs * start, programs * exposed) + once
 
 
-def _widened_slabs(plan: Plan, itemsize: int, gradient: bool) -> int:
-    """Slabs of a group that a program unpacks."""
-    if itemsize >= 4:
-        return 0
-    blocks, strips, *_ = plan
-    return blocks.window * strips.window + gradient * blocks.size * strips.size
+def _copy_cycles(n: int, c: int, columns: int, plan: Plan) -> float:
+    """For each register of an array, what XLA needs to arrange it for the launch."""
+    if plan.pieces.count > 1 or (plan.places == "batch" and n % IMAGES):
+        return REGROUPING
+    batch_is_minor = columns % IMAGES != 0 and n % IMAGES == 0
+    padded = plan.programs(n, c)[1] * plan.channels(c) != c
+    return TRANSPOSITION * (batch_is_minor != (plan.places == "batch")) + PADDING * padded
 
 
-def _block_bytes(plan: Plan, itemsize: int, gradient: bool) -> int:
+def _sides(plan: Plan, c: int, itemsize: int, gradient: bool) -> tuple[Slabs, Slabs]:
+    """The slabs of the sources and of the targets."""
+    sources = slabs_of(plan, c, itemsize, targets=False)
+    return sources, slabs_of(plan, c, itemsize, targets=True, written=not gradient)
+
+
+def _block_bytes(plan: Plan, c: int, itemsize: int, gradient: bool) -> int:
     """Of all blocks of a program."""
-    blocks, strips, _, groups, _ = plan
-    rows, cols = blocks.gather.axis.kernel, strips.gather.axis.kernel
-    if gradient:
-        kernel = rows * (cols * IMAGES if groups > 1 else -(-cols // 8) * 8)
-    else:
-        kernel = groups * rows * -(-cols // 8) * 8
-    slabs = groups * IMAGES * (blocks.window * strips.window + blocks.size * strips.size)
-    return LANES * (slabs * itemsize + kernel * 4)
+    rows, cols = plan.blocks.gather.axis.kernel, plan.strips.gather.axis.kernel
+    kernel = (
+        plan.lanes * LANES * rows * (cols * IMAGES if gradient and plan.groups > 1 else -(-cols // 8) * 8)
+    )
+    return sum(side.nbytes(itemsize) for side in _sides(plan, c, itemsize, gradient)) + kernel * 4
 
 
-def _vmem_bytes(plan: Plan, itemsize: int, gradient: bool) -> int:
-    """Two buffers of every block, and what is unpacked."""
-    unpacked = 4 * plan.groups * IMAGES * LANES * _widened_slabs(plan, itemsize, gradient)
-    return 2 * _block_bytes(plan, itemsize, gradient) + unpacked
+def _scratch_bytes(plan: Plan, c: int, itemsize: int, gradient: bool) -> int:
+    sides = _sides(plan, c, itemsize, gradient)
+    return sum(math.prod(s.shape) * 4 for side in sides for s in side.scratch)
+
+
+def _vmem_bytes(plan: Plan, c: int, itemsize: int, gradient: bool) -> int:
+    """Two buffers of every block, and the scratch."""
+    return 2 * _block_bytes(plan, c, itemsize, gradient) + _scratch_bytes(plan, c, itemsize, gradient)
 
 
 def _work(n: int, c: int, plan: Plan, nbytes: int) -> Work:
@@ -309,24 +323,23 @@ def _work(n: int, c: int, plan: Plan, nbytes: int) -> Work:
     return Work(
         flops=2 * n * c * rows.pairs * strips.gather.axis.pairs,
         bytes=nbytes,
-        padded_flops=2 * math.prod(plan.slabs(n, c)) * IMAGES * LANES * rows.pairs * _width(strips, False),
+        padded_flops=2 * plan.slabs(n, c) * IMAGES * LANES * rows.pairs * _width(strips, False),
     )
 
 
-def _to_slabs(x: jax.Array, strips: Strips, fold: int) -> jax.Array:
-    """(N, H, W, C) -> (H, columns of a strip, strips and images, lanes), the last two filled up to whole slabs."""
-    c = x.shape[-1]
-    x = strips.cut(x)
-    x = jnp.pad(x, ((0, -x.shape[0] % (IMAGES * fold)), (0, 0), (0, 0), (0, 0)))
-    x = x.transpose(1, 2, 0, 3).reshape(*x.shape[1:3], -1, fold * c)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -x.shape[-1] % LANES)))
+def _arrange(x: jax.Array, plan: Plan) -> jax.Array:
+    """The array that the launch reads, filled up to whole programs."""
+    x = plan.pieces.cut(x)
+    n, *_, c = x.shape
+    x = jnp.pad(x, ((0, -n % plan.images), (0, 0), (0, 0), (0, -c % plan.channels(c))))
+    return x.transpose(1, 2, 0, 3) if plan.places == "batch" else x
 
 
-def _from_slabs(o: jax.Array, n: int, c: int, width: int, strips: Strips, fold: int) -> jax.Array:
-    h, size, *_ = o.shape
-    o = o[..., : fold * c].reshape(h, size, -1, c)[:, :, : n * strips.count]
-    o = o.reshape(h, size, strips.count, n, c).transpose(3, 0, 2, 1, 4)
-    return o.reshape(n, h, -1, c)[:, :, :width]
+def _from_arranged(o: jax.Array, n: int, c: int, width: int, plan: Plan) -> jax.Array:
+    o = o.transpose(2, 0, 1, 3) if plan.places == "batch" else o
+    count, (_, h, size, _) = plan.pieces.count, o.shape
+    o = o[: n * count, ..., :c].reshape(count, n, h, size, c).transpose(1, 2, 0, 3, 4)
+    return o.reshape(n, h, count * size, c)[:, :, :width]
 
 
 def _loadable(dtype: Any) -> Any:
@@ -334,44 +347,17 @@ def _loadable(dtype: Any) -> Any:
     return jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
 
 
-def _wide(dtype: Any, *blocks: tuple[int, ...]) -> list[Any]:
-    """Scratch for blocks of a narrow dtype in float32, so that a slab is unpacked once and not for every tap."""
-    return [pltpu.VMEM(shape, jnp.float32) for shape in blocks if dtype.itemsize < 4]
+def _to_lanes(a: jax.Array, slabs: Slabs) -> jax.Array:
+    """(..., channels) in float32, filled up to the lanes of whole programs."""
+    pads = [(0, 0)] * (a.ndim - 1) + [(0, -a.shape[-1] % slabs.width)]
+    return jnp.pad(a.astype(jnp.float32), pads)
 
 
-def _widen(refs: Sequence[Any], count: int) -> Sequence[Any]:
-    """The Refs with the first `count` copied to the scratch at their end, which takes their place."""
-    operands, wide = refs[: len(refs) - count], refs[len(refs) - count :]
-    for narrow, copy in zip(operands, wide, strict=False):
-        copy[...] = narrow[...].astype(jnp.float32)
-    return *wide, *operands[count:]
+def _whole_spec(a: jax.Array, slabs: Slabs) -> pl.BlockSpec:
+    return pl.BlockSpec((*a.shape[:-1], slabs.width), lambda s, c, b: (0,) * (a.ndim - 1) + (c,))
 
 
-def _to_lanes(a: jax.Array, fold: int, lanes: int) -> jax.Array:
-    """Channels repeated for every image that shares the lanes, in float32."""
-    tiled = jnp.tile(a.astype(jnp.float32), (1,) * (a.ndim - 1) + (fold,))
-    return jnp.pad(tiled, ((0, 0),) * (a.ndim - 1) + ((0, lanes - tiled.shape[-1]),))
-
-
-def _whole_spec(a: jax.Array, groups: int) -> pl.BlockSpec:
-    return pl.BlockSpec((*a.shape[:-1], LANES * groups), lambda s, c, b: (0,) * (a.ndim - 1) + (c,))
-
-
-def _block_spec(blocks: Blocks, strips: Strips, images: int, lanes: int) -> pl.BlockSpec:
-    return pl.BlockSpec((blocks.size, strips.size, images, lanes), lambda s, c, b: (b, 0, s, c))
-
-
-def _window_spec(blocks: Blocks, strips: Strips, images: int, lanes: int) -> pl.BlockSpec:
-    """Overlapping windows of rows; Pallas wants all dimensions in elements then."""
-    shape = (blocks.window, strips.window, images, lanes)
-    if blocks.count == 1:
-        return pl.BlockSpec(shape, lambda s, c, b: (0, 0, s, c))
-    return pl.BlockSpec(
-        tuple(map(pl.Element, shape)), lambda s, c, b: (blocks.start(b), 0, s * images, c * lanes)
-    )
-
-
-def _each_kind(blocks: Blocks, run: Any) -> None:
+def _each_kind(blocks: Blocks, run: Callable[[int], None]) -> None:
     """Run the code of the kind of block that this program is."""
     block = pl.program_id(2)
     for first, same in blocks.kinds().items():

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -20,31 +19,34 @@ from pallas_kernels.windows import Rows, Taps
 
 
 class Slab(NamedTuple):
-    """How the Refs of a launch hold slabs, of which each pixel may have several `groups`.
+    """How the Refs of a launch hold slabs.
 
     at: (row, column, group) -> the index of a slab.
-    channels: group -> the index of its channels.
+    channels: those of the slabs, in the Refs of a kernel.
+    groups: slabs of each pixel, where they are summed over.
     """
 
     shape: tuple[int, int]
     at: Callable[[Any, Any, Any], tuple[Any, ...]]
-    channels: Callable[[Any], Any] = lambda group: slice(None)
+    channels: slice = slice(None)
     groups: int = 1
 
 
 def correlate(
     x_ref: Any, w_ref: Any, b_ref: Any, o_ref: Any, *, slab: Slab, rows: Sequence[Rows],
-    cols: Sequence[Taps], tile: int, unroll: int, unrolled_rows: int, loop_tiles: bool = False,
+    cols: Sequence[Taps], tile: int, unroll: int, unrolled_rows: int, rows_at_once: int = 1, loop_tiles: bool = False,
 ) -> None:  # fmt: skip
     """One block of a depthwise convolution, or of its input gradient: o = b + the sum over taps of x * w.
 
     Args:
-      x_ref, o_ref: source and target slabs; w_ref: [kernel rows, kernel columns, channels]; b_ref: [1, channels].
+      x_ref, o_ref: source and target slabs; w_ref: [kernel rows, kernel columns, channels]; b_ref: [1, channels] or
+        None.
       slab: how the Refs of slabs are indexed.
       rows: the block's rows and what they read; cols: what each of its columns reads.
       tile: columns that are accumulated together, in registers.
       unroll: kernel rows in one iteration of the loop over them.
       unrolled_rows: from this many equal rows on, the loop runs over the rows, and all of their taps are unrolled.
+      rows_at_once: rows in one iteration of that loop.
       loop_tiles: whether tiles that read alike are a loop, or all unrolled.
     """
     starts = range(0, len(cols), tile)
@@ -57,38 +59,38 @@ def correlate(
     def broadcast(row: jax.Array) -> jax.Array:
         return jnp.broadcast_to(row.astype(jnp.float32), slab.shape)
 
-    def kernel_row(taps: Taps, run: _Run, i: Any, group: Any, j: Any, sums: _Sums) -> _Sums:
+    def kernel_row(taps: Taps, run: _Run, i: Any, j: Any, sums: _Sums) -> _Sums:
         row, k_row = taps.source + j * taps.source_step, taps.tap + j * taps.tap_step
         column_shift, k_shift = (i * step for step in run.shift)
 
         @functools.cache
         def weight(k: int) -> jax.Array:
-            return broadcast(w_ref[k_row, pl.ds(k + k_shift, 1), slab.channels(group)])
+            return broadcast(w_ref[k_row, pl.ds(k + k_shift, 1), slab.channels])
 
         totals = list(sums)
         for column, uses in run.by_column():
-            x = x_ref[slab.at(row, column + column_shift, group)].astype(jnp.float32)
+            x = x_ref[slab.at(row, column + column_shift, 0)].astype(jnp.float32)
             for target, k in uses:
                 totals[target] = lax.add(totals[target], lax.mul(x, weight(k)))
         return tuple(totals)
 
-    def target_tile(same: Rows, unroll: int, group: Any, row: Any, run: _Run, i: Any, _: None) -> None:
+    def target_tile(same: Rows, unroll: int, row: Any, run: _Run, i: Any, _: None) -> None:
         taps = same.taps.shifted(-row * same.advance)
-        bias = broadcast(b_ref[:, slab.channels(group)])
-        step = functools.partial(kernel_row, taps, run, i, group)
-        sums = _loop(taps.lo, taps.hi, unroll, step, (bias,) * run.size)
+        bias = jnp.zeros(slab.shape, jnp.float32) if b_ref is None else broadcast(b_ref[:, slab.channels])
+        step = functools.partial(kernel_row, taps, run, i)
+        sums = loop(taps.lo, taps.hi, unroll, step, (bias,) * run.size)
         for t, total in enumerate(sums):
             column = starts[run.first] + t + i * tile
-            o_ref[slab.at(same.first + row * same.period, column, group)] = total.astype(o_ref.dtype)
+            o_ref[slab.at(same.first + row * same.period, column, 0)] = total.astype(o_ref.dtype)
 
-    def target_row(same: Rows, unroll: int, group: Any, row: Any, _: None) -> None:
+    def target_row(same: Rows, unroll: int, row: Any, _: None) -> None:
         for run in runs:
-            _loop(0, run.count, 1, functools.partial(target_tile, same, unroll, group, row, run), None)
+            loop(0, run.count, 1, functools.partial(target_tile, same, unroll, row, run), None)
 
-    for group, same in itertools.product(range(slab.groups), rows):
+    for same in rows:
         over_rows = same.count >= unrolled_rows
-        step = functools.partial(target_row, same, max(1, same.taps.hi) if over_rows else unroll, group)
-        _loop(0, same.count, 1 if over_rows else same.count, step, None)
+        step = functools.partial(target_row, same, max(1, same.taps.hi) if over_rows else unroll)
+        loop(0, same.count, rows_at_once if over_rows else same.count, step, None)
 
 
 def correlate_gradient(
@@ -100,7 +102,7 @@ def correlate_gradient(
     Args:
       x_ref, g_ref: slabs of the input and of the output's cotangent.
       o_ref: [kernel rows, kernel columns * images, channels]; a slab's images are summed if that leaves room for one.
-      slab: as in `correlate`; its groups are of images, and summed over.
+      slab: as in `correlate`.
       rows: for each kernel row of the block, the outputs (`tap`) that read an input (`source`) through it.
       cols: the same for each kernel column.
       tile: kernel columns that are accumulated together, in registers.
@@ -130,21 +132,21 @@ def correlate_gradient(
 
     def pixel_row(taps: Taps, runs: list[_Run], group: Any, j: Any, sums: _Sums) -> _Sums:
         for run in runs:
-            sums = _loop(0, run.count, 1, functools.partial(pixel_chunk, taps, run, group, j), sums)
+            sums = loop(0, run.count, 1, functools.partial(pixel_chunk, taps, run, group, j), sums)
         return sums
 
     def over_images(taps: Taps, runs: list[_Run], group: Any, sums: _Sums) -> _Sums:
-        return _loop(taps.lo, taps.hi, unroll, functools.partial(pixel_row, taps, runs, group), sums)
+        return loop(taps.lo, taps.hi, unroll, functools.partial(pixel_row, taps, runs, group), sums)
 
     for k_row, taps in enumerate(rows):
         for ks in tiles:
             zeros = (jnp.zeros(slab.shape, jnp.float32),) * len(ks)
             step = functools.partial(over_images, taps, chunks(ks))
-            sums = _loop(0, slab.groups, unroll_groups, step, zeros)
+            sums = loop(0, slab.groups, unroll_groups, step, zeros)
             for k, total in zip(ks, sums, strict=True):
                 if images == 1:
                     total = jnp.sum(total, axis=0, keepdims=True)
-                o_ref[k_row, pl.ds(k * images, images), :] = total
+                o_ref[k_row, pl.ds(k * images, images), slab.channels] = total
 
 
 _Sums = tuple[jax.Array, ...]
@@ -189,7 +191,7 @@ def _shift(a: _Reads, b: _Reads) -> tuple[int, int] | None:
     return None
 
 
-def _loop(lo: Any, hi: Any, unroll: int, step: Callable[[Any, Any], Any], carry: Any) -> Any:
+def loop(lo: Any, hi: Any, unroll: int, step: Callable[[Any, Any], Any], carry: Any) -> Any:
     """carry = step(j, carry) for lo <= j < hi; with static bounds, `unroll` of them to an iteration."""
     if not (isinstance(lo, int) and isinstance(hi, int)):
         return lax.fori_loop(lo, hi, step, carry)
@@ -201,8 +203,7 @@ def _loop(lo: Any, hi: Any, unroll: int, step: Callable[[Any, Any], Any], carry:
                 carry = step(lo + i * unroll + u, carry)
             return carry
 
-        # Bounds of 32 bits: under x64 Python's integers would make a 64-bit index, which no TPU has.
-        carry = lax.fori_loop(np.int32(0), np.int32(chunks), chunk, carry)
+        carry = lax.fori_loop(0, chunks, chunk, carry)
         lo += chunks * unroll
     for j in range(lo, hi):
         carry = step(j, carry)

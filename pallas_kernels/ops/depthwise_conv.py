@@ -184,6 +184,9 @@ def _convolve(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _input_gradient(g: jax.Array, w: jax.Array, axes: Axes, choice: dispatch.Choice) -> jax.Array:
+    if all(axis.stride == 1 for axis in axes):
+        # With SAME padding and an odd kernel it is the forward pass's program, traced and compiled already.
+        return _run("convolve", (g, w[::-1, ::-1], None), (axes[0].mirrored, axes[1].mirrored), choice)
     return _run("input_gradient", (g, w), axes, choice)
 
 

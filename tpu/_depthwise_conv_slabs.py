@@ -1,0 +1,215 @@
+"""Where the slabs of a depthwise convolution lie in the blocks of a TPU's program, and how they are gathered there."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.kernels.depthwise_conv import Slab, loop
+from pallas_kernels.windows import Blocks, Strips
+
+IMAGES, LANES = 8, 128
+# Rows that are gathered, or put back, in one iteration.
+ROWS = 4
+
+Places = Literal["batch", "images", "strips"]
+
+
+class Plan(NamedTuple):
+    """How a launch cuts its arrays.
+
+    places: what the places of a slab are. "batch": images, in arrays of (height, width, batch, channels), which is the
+      layout that XLA gives 8 or more images whose width is no multiple of 8; "images": in arrays of (batch, height,
+      width, channels); "strips": of the columns of one image in such an array.
+    pieces: of wide images, cut by XLA, each of which counts as an image.
+    strips: the columns of a place; those of a piece, unless the places are strips.
+    lanes: groups of 128 lanes in a program.
+    groups: of 8 images in a program, where images are summed over.
+    unroll: rows, of the kernel or of pixels, in one iteration of the inner loop.
+    """
+
+    blocks: Blocks
+    places: Places
+    pieces: Strips
+    strips: Strips
+    lanes: int = 1
+    groups: int = 1
+    unroll: int = 1
+
+    @property
+    def images(self) -> int:
+        """Images in a program."""
+        return 1 if self.places == "strips" else IMAGES * self.groups
+
+    def channels(self, c: int) -> int:
+        """Channels in a program: all, or as many as its lanes hold."""
+        return min(c, LANES * self.lanes)
+
+    def ordered(self, height: Any, width: Any, images: Any, channels: Any) -> tuple[Any, ...]:
+        """The dimensions of an array, as the launch has them."""
+        batch = self.places == "batch"
+        return (height, width, images, channels) if batch else (images, height, width, channels)
+
+    def programs(self, n: int, c: int) -> tuple[int, int]:
+        """How many programs share the images, and the channels."""
+        return -(-n * self.pieces.count // self.images), -(-c // self.channels(c))
+
+    def slabs(self, n: int, c: int) -> int:
+        """How many slabs hold a pixel of every image and channel."""
+        return math.prod(self.programs(n, c)) * self.lanes * self.groups
+
+
+class Slabs(NamedTuple):
+    """The slabs of one array of a launch: how its blocks lie, how slabs are gathered from a block and put back.
+
+    channels, rows, columns: of a block.
+    copied: whether slabs are gathered in scratch, as float32, or the block holds them already.
+    start: where the columns of a row start in scratch, amid zeros, for strips to read as padding.
+    place, step: where the pixels of the first strip start there, and how far those of the next are from them.
+    size: of a row there.
+    """
+
+    plan: Plan
+    channels: int
+    rows: int
+    columns: int
+    copied: bool
+    start: int = 0
+    place: int = 0
+    step: int = 0
+    size: int = 0
+
+    def spec(self, blocks: Blocks | None = None) -> pl.BlockSpec:
+        """Equal blocks of rows, or the overlapping windows of `blocks`: Pallas wants all in elements then."""
+        order, channels = self.plan.ordered, self.channels
+        shape = self.rows, self.columns, self.plan.images, channels
+        if blocks is None or blocks.count == 1:
+            return pl.BlockSpec(order(*shape), lambda s, c, b: order(b, 0, s, c))
+        # Mosaic must see that channels start at a multiple of the lanes.
+        step = channels if channels % LANES == 0 else 0
+        return pl.BlockSpec(
+            order(*map(pl.Element, shape)),
+            lambda s, c, b: order(blocks.start(b), 0, s * self.plan.images, c * step),
+        )
+
+    @property
+    def scratch(self) -> list[Any]:
+        """Groups of lanes, rows and columns of slabs; strips are loads of every `step`-th column."""
+        pixels = self.plan.lanes, self.rows, self.columns, IMAGES * self.plan.groups
+        shape = (self.plan.lanes * self.rows * self.size,) if self.step else pixels
+        return [pltpu.VMEM((*shape, LANES), jnp.float32)] * self.copied
+
+    @property
+    def width(self) -> int:
+        """Lanes of a program."""
+        return self.plan.lanes * LANES if self.copied else self.channels
+
+    def nbytes(self, itemsize: int) -> int:
+        """Of a block in VMEM."""
+        *leading, second, minor = self.plan.ordered(self.rows, self.columns, self.plan.images, self.channels)
+        tile = IMAGES * 4 // itemsize
+        return itemsize * math.prod(leading) * -(-second // tile) * tile * -(-minor // LANES) * LANES
+
+    def gather(self, ref: Any, scratch: Sequence[Any]) -> Any:
+        """What holds the slabs: the block, or the first scratch, filled."""
+        if not self.copied:
+            return ref
+        slabs = scratch[0]
+
+        def gather_row(row: Any) -> None:
+            values = self._turned(ref[self._row(row)].astype(jnp.float32))
+            for group, lanes in enumerate(self._lanes()):
+                for lo, hi in ((0, self.start), ((self.start + self.columns) // 8 * 8, self.size)):
+                    if lo < hi:
+                        slabs[self._in_row(group, row, lo, hi)] = jnp.zeros((hi - lo, LANES), jnp.float32)
+                slabs[self._columns(group, row, lanes)] = values[..., lanes]
+
+        self._each_row(gather_row)
+        return slabs
+
+    def put_back(self, slabs: Any, ref: Any) -> None:
+        def put_row(row: Any) -> None:
+            values = [slabs[self._columns(group, row, lanes)] for group, lanes in enumerate(self._lanes())]
+            value = jnp.concatenate(values, -1) if len(values) > 1 else values[0]
+            ref[self._row(row)] = self._turned(value).astype(ref.dtype)
+
+        self._each_row(put_row)
+
+    def of(self, slabs: Any, group: int) -> "Pixels":
+        """The slabs of a group of lanes."""
+
+        def at(row: Any, column: Any, images: Any) -> tuple[Any, ...]:
+            if self.step:
+                first = (group * self.rows + row) * self.size + self.place + column
+                return (pl.ds(first, IMAGES, stride=self.step),)
+            first = images * IMAGES if isinstance(images, int) else pl.multiple_of(images * IMAGES, IMAGES)
+            slab = row, column, pl.ds(first, IMAGES)
+            return (group, *slab) if self.copied else (*slab, self._lanes()[group])
+
+        return Pixels(slabs, at)
+
+    def slab(self, group: int) -> Slab:
+        lanes = slice(group * LANES, (group + 1) * LANES) if self.copied else self._lanes()[group]
+        shape = IMAGES, lanes.stop - lanes.start
+        return Slab(shape, lambda *at: at, channels=lanes, groups=self.plan.groups)
+
+    def _each_row(self, step: Callable[[Any], None]) -> None:
+        loop(0, self.rows, ROWS, lambda row, _: step(row), None)
+
+    def _row(self, row: Any) -> tuple[Any, ...]:
+        """A row in the block."""
+        return {"batch": (row,), "images": (slice(None), row), "strips": (0, row)}[self.plan.places]
+
+    def _turned(self, x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x, 0, 1) if self.plan.places == "images" else x
+
+    def _columns(self, group: int, row: Any, lanes: slice) -> tuple[Any, ...]:
+        """The same row in scratch."""
+        lanes = slice(0, lanes.stop - lanes.start)
+        if self.step:
+            return self._in_row(group, row, self.start, self.start + self.columns), lanes
+        return group, row, slice(None), slice(None), lanes
+
+    def _in_row(self, group: int, row: Any, lo: int, hi: int) -> Any:
+        first = (group * self.rows + row) * self.size + lo
+        return pl.ds(first if isinstance(first, int) else pl.multiple_of(first, 8), hi - lo)
+
+    def _lanes(self) -> list[slice]:
+        return [slice(lo, min(lo + LANES, self.channels)) for lo in range(0, self.channels, LANES)]
+
+
+class Pixels(NamedTuple):
+    """A Ref, indexed by pixel."""
+
+    ref: Any
+    at: Callable[..., tuple[Any, ...]]
+
+    @property
+    def dtype(self) -> Any:
+        return self.ref.dtype
+
+    def __getitem__(self, at: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.ref[self.at(*at)]
+
+    def __setitem__(self, at: Any, slab: jax.Array) -> None:
+        self.ref[self.at(*at)] = slab
+
+
+def slabs_of(plan: Plan, c: int, itemsize: int, *, targets: bool, written: bool = False) -> Slabs:
+    """The slabs of the sources, or of the targets, of a launch."""
+    blocks, pieces, strips, channels = plan.blocks, plan.pieces, plan.strips, plan.channels(c)
+    rows, columns = (blocks.size, pieces.size) if targets else (blocks.window, pieces.window)
+    if plan.places != "strips":
+        # A block's narrow pixels can be written from registers, but not be read by every tap.
+        copied = plan.places == "images" or (itemsize < 4 and (not written or c % LANES > 0))
+        return Slabs(plan, channels, rows, columns, copied)
+    first, reach, step = 0, strips.size, strips.size
+    if not targets:
+        first, reach, step = strips.first - pieces.first, strips.window, strips.step
+    start = max(0, -(first // 8) * 8)
+    size = max(start + columns, start + first + reach + (IMAGES - 1) * step)
+    return Slabs(plan, channels, rows, columns, True, start, start + first, step, -(-size // 8) * 8)
