@@ -2,7 +2,9 @@
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -185,6 +187,10 @@ def _count(model: UniRepLKNet) -> int:
     return sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
+_INK, _GREY, _PALE, _RED = "#1f2933", "#7b8794", "#cbd2d9", "#d64545"
+_COLOURS = {LARGE: "#2b6cb0", SMALL: "#dd8a20"}
+
+
 def _draw(
     result: Result,
     scans: np.ndarray,
@@ -196,69 +202,66 @@ def _draw(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    ink, grey, red = "#1f2933", "#7b8794", "#d64545"
-    colours = {LARGE: "#2b6cb0", SMALL: "#dd8a20"}
     figure = Figure(figsize=(13, 7.6), facecolor="white", dpi=130)
     FigureCanvasAgg(figure)
-    figure.text(
-        0.04, 0.945, "A small UniRepLKNet reads handwritten digits", size=17, weight="bold", color=ink
-    )
-    figure.text(
-        0.04,
-        0.905,
+    text = partial(figure.text, size=11, color=_INK)
+    text(0.04, 0.945, "A small UniRepLKNet reads handwritten digits", size=17, weight="bold")
+    summary = (
         f"{result.accuracy:.1%} of {len(digits)} held-out scans right.  Merging {result.parameters:,} "
         f"parameters into {result.merged_parameters:,} moved no logit by more than {result.merge_gap:.0e} "
-        f"and changed {result.changed} predictions.",
-        size=10.5,
-        color=grey,
+        f"and changed {result.changed} predictions."
     )
+    text(0.04, 0.905, summary, size=10.5, color=_GREY)
 
     wrong = np.flatnonzero(predictions != digits)
     shown = np.concatenate([wrong, np.flatnonzero(predictions == digits)])[:35]
     tiles = figure.add_gridspec(5, 7, left=0.04, right=0.5, top=0.83, bottom=0.05, wspace=0.12, hspace=0.42)
+    text(0.04, 0.865, f"Predictions after merging, mistakes first ({len(wrong)})")
     for i, n in enumerate(shown):
-        axes = figure.add_subplot(tiles[i])
-        axes.imshow(scans[n], cmap="gray_r", interpolation="nearest")
-        axes.set(xticks=[], yticks=[])
-        miss = predictions[n] != digits[n]
-        axes.set_title(
-            f"{predictions[n]}, not {digits[n]}" if miss else f"{predictions[n]}",
-            size=9.5,
-            color=red if miss else ink,
-            weight="bold" if miss else "normal",
-            pad=3,
-        )
-        for spine in axes.spines.values():
-            spine.set(color=red if miss else "#cbd2d9", linewidth=2 if miss else 0.8)
-    figure.text(0.04, 0.865, f"Predictions after merging, mistakes first ({len(wrong)})", size=11, color=ink)
+        _draw_scan(figure.add_subplot(tiles[i]), scans[n], int(digits[n]), int(predictions[n]))
 
-    axes = figure.add_axes((0.57, 0.555, 0.39, 0.275))
-    for k, values in losses.items():
-        axes.plot(values, color=colours[k], alpha=0.2, linewidth=0.8)
-        window = min(20, len(values))
-        smooth = np.convolve(values, np.ones(window) / window, "valid")
-        axes.plot(np.arange(len(smooth)) + window - 1, smooth, color=colours[k], label=f"{k} x {k} kernels")
-    axes.set_xlabel("step", color=grey, size=9)
-    axes.set_ylabel("cross entropy", color=grey, size=9)
-    axes.tick_params(colors=grey, labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#cbd2d9")
-    axes.legend(frameon=False, fontsize=9, labelcolor=ink)
-    figure.text(0.57, 0.865, "Training loss of two networks trained alike", size=11, color=ink)
+    text(0.57, 0.865, "Training loss of two networks trained alike")
+    _draw_losses(figure.add_axes((0.57, 0.555, 0.39, 0.275)), losses)
 
-    figure.text(
-        0.57, 0.455, "Effective receptive field: what moves the centre of the last map", size=11, color=ink
-    )
+    text(0.57, 0.455, "Effective receptive field: what moves the centre of the last map")
     top = max(field.max() for field in fields.values())
     for i, (k, share) in enumerate({SMALL: result.small_reach, LARGE: result.reach}.items()):
         axes = figure.add_axes((0.57 + 0.205 * i, 0.09, 0.185, 0.33))
-        # The square root brings out what a linear scale would leave black.
-        axes.imshow(np.sqrt(fields[k] / top), cmap="magma", vmin=0, vmax=1)
-        low, side = len(fields[k]) * (1 - share) / 2 - 0.5, len(fields[k]) * share
-        axes.plot(
-            [low, low + side, low + side, low, low], [low, low, low + side, low + side, low], "w--", lw=1
-        )
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
-        axes.set_xlabel(f"{k} x {k}: half within {share:.0%} of the side", color=ink, size=9.5, labelpad=6)
+        _draw_field(axes, fields[k] / top, share)
+        axes.set_xlabel(f"{k} x {k}: half within {share:.0%} of the side", color=_INK, size=9.5, labelpad=6)
     figure.savefig(result.figure)
+
+
+def _draw_scan(axes: Any, scan: np.ndarray, digit: int, prediction: int) -> None:
+    axes.imshow(scan, cmap="gray_r", interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    if prediction == digit:
+        axes.set_title(f"{prediction}", size=9.5, color=_INK, pad=3)
+        axes.spines[:].set(color=_PALE, linewidth=0.8)
+    else:
+        axes.set_title(f"{prediction}, not {digit}", size=9.5, color=_RED, weight="bold", pad=3)
+        axes.spines[:].set(color=_RED, linewidth=2)
+
+
+def _draw_losses(axes: Any, losses: dict[int, list[float]]) -> None:
+    for k, values in losses.items():
+        axes.plot(values, color=_COLOURS[k], alpha=0.2, linewidth=0.8)
+        window = min(20, len(values))
+        smooth = np.convolve(values, np.ones(window) / window, "valid")
+        axes.plot(np.arange(len(smooth)) + window - 1, smooth, color=_COLOURS[k], label=f"{k} x {k} kernels")
+    axes.set_xlabel("step", color=_GREY, size=9)
+    axes.set_ylabel("cross entropy", color=_GREY, size=9)
+    axes.tick_params(colors=_GREY, labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_PALE)
+    axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+
+
+def _draw_field(axes: Any, field: np.ndarray, share: float) -> None:
+    """A receptive field, and the square that holds half of it."""
+    # The square root brings out what a linear scale would leave black.
+    axes.imshow(np.sqrt(field), cmap="magma", vmin=0, vmax=1)
+    low, side = len(field) * (1 - share) / 2 - 0.5, len(field) * share
+    axes.plot([low, low + side, low + side, low, low], [low, low, low + side, low + side, low], "w--", lw=1)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
