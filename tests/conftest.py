@@ -18,6 +18,9 @@ import pytest
 
 from pallas_kernels import testing
 
+# The script in it needs OpenFHE, and so a Python of its own.
+collect_ignore = ["data"]
+
 
 @pytest.fixture
 def random(request: pytest.FixtureRequest) -> np.random.Generator:

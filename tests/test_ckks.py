@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import lowering, moduli
-from pallas_kernels.he import automorphism, ckks, intt, ntt, rns
+from pallas_kernels.he import NttPlan, automorphism, ckks, intt, ntt, rns
 from pallas_kernels.he.ckks import _keys
 from pallas_kernels.he.ckks._ciphertexts import switch
 from pallas_kernels.he.ckks._parameters import plan_of
@@ -393,3 +394,27 @@ def test_level_zero_needs_no_special_case(small):
     x = small.encrypt(v, level=0)
     assert small.error(ckks.rotate(x, 1, small.keys), np.roll(v, -1)) < 1e-5
     assert isinstance(x.parts, jnp.ndarray) and functools.reduce(max, x.parts.shape) == 2**10
+
+
+def test_openfhe_has_the_same_transforms_and_slots():
+    """A key and a ciphertext of OpenFHE's, as tests/data/openfhe_vectors.py wrote them down."""
+    vectors = np.load(Path(__file__).parent / "data" / "openfhe_vectors.npz")
+    primes = tuple(vectors["moduli"].tolist())
+    plan = NttPlan(4096, primes)
+    assert plan.roots == tuple(vectors["roots"].tolist())
+
+    residues = intt(jnp.asarray(vectors["secret"]), plan)
+    secret = rns.to_integers(residues, primes)
+    assert set(secret) == {-1, 0, 1}
+    np.testing.assert_array_equal(ntt(rns.from_integers(secret, primes), plan), vectors["secret"])
+
+    parameters = ckks.Parameters(4096, primes, (), scale_bits=28, width=1, base=1)
+    mark = jnp.zeros(2, jnp.uint32)
+    key = ckks.SecretKey(jnp.asarray(vectors["secret"]), mark, parameters)
+    ciphertext = ckks.Ciphertext(
+        jnp.asarray(vectors["ciphertext"]), mark, float(vectors["scale"]), 1, parameters
+    )
+    decrypted = ckks.decode(ckks.decrypt(ciphertext, key), parameters)
+    # Of a fresh ciphertext's noise, e_0 + e_1 s + e u, eight standard deviations in a slot.
+    noise = ckks.NOISE * math.sqrt(1 + 4096 * 4 / 3) * math.sqrt(4096) / vectors["scale"]
+    np.testing.assert_allclose(decrypted, vectors["values"], atol=8 * noise)

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as pk
 from pallas_kernels import aot, lowering
+from pallas_kernels.aot._programs import described
 from pallas_kernels.kernels import mod_matmul as kernels
 
 MODULI = (3, 257, 536903681, 1073692673, 2147473409, 2147483647)
@@ -169,7 +170,7 @@ def test_shard_map_over_rows():
     ("target", "call"), [("v5e", "tpu_custom_call"), ("v4", None), ("sm_90", "xla.gpu.triton")]
 )
 def test_the_target_lowered_for_decides(target, call):
-    device = aot._abstract_device(aot.TARGETS[target])
+    device = described(aot.TARGETS[target])
     shapes = [jax.ShapeDtypeStruct(s, jnp.uint32) for s in ((1, 32, 32), (1, 32, 32))]
     platform = "cuda" if target == "sm_90" else "tpu"
     with device:
