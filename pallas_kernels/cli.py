@@ -195,7 +195,7 @@ def _compile(values: flags.FlagValues, names: list[str]) -> int:
     with open(values.out or os.devnull, "a", newline="") as file, Progress(len(jobs), "compile") as progress:
         write = csv.writer(file).writerows
         write([] if file.tell() else [_COMPILED])
-        for report in aot.compile_many(jobs, workers=values.workers):
+        for report in aot.compile_many(jobs, workers=values.workers, estimate=values.estimate):
             reports.append(report)
             rows += (new := list(_compile_rows(report, rows)))
             write(new)
@@ -363,6 +363,7 @@ COMMANDS = {
                 "all shapes of real models, not one for each path through the code",
             ),
             (flags.DEFINE_string, "only", None, "compile the cases with this in their name"),
+            (flags.DEFINE_bool, "estimate", True, "estimate cycles on TPUs, which takes most of the time"),
             (
                 flags.DEFINE_bool,
                 "rivals",

@@ -28,6 +28,13 @@ def random(request: pytest.FixtureRequest) -> np.random.Generator:
     return np.random.default_rng(list(request.node.nodeid.encode()))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_file() -> Iterator[None]:
+    """Compiled programs are let go of: Linux maps 65530 pieces of memory a process, and a program takes 30."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(params=["xla", "tpu", "cuda"])
 def platform(request: pytest.FixtureRequest) -> Any:
     """A platform whose kernels are interpreted, or "xla"."""

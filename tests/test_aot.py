@@ -160,6 +160,14 @@ def test_one_kernel_for_the_target(reports: dict[str, aot.Report], target: str) 
         assert kernel.cycles and kernel.bound_cycles and kernel.memory_bytes and kernel.no_cycles is None
 
 
+def test_without_estimates() -> None:
+    fine, overflow = (next(job for job in JOBS if job.name == name) for name in ("fine v5e", "VMEM overflow"))
+    fits, does_not = aot.compile_many([fine, overflow], estimate=False)
+    assert fits.compiled and fits.kernels[0].work
+    assert fits.kernels[0].cycles is None and fits.kernels[0].no_cycles == "cycles not asked for"
+    assert not does_not.compiled and "exceeded scoped vmem limit" in str(does_not.error)
+
+
 def test_vmap_multiplies_the_work(reports: dict[str, aot.Report]) -> None:
     (one,), (three,) = reports["fine v5e"].kernels, reports["vmap"].kernels
     assert one.work and three.work == lowering.Work(*(3 * n for n in one.work))

@@ -218,7 +218,7 @@ def test_compile_goes_on_where_it_ended(
     out = tmp_path / "compiled.csv"
     arguments = ["compile", "double", "--target=sm_80", "--only=16x128", f"--out={out}"]
 
-    def interrupted(jobs: list[aot.Job], workers: int) -> Iterator[aot.Report]:
+    def interrupted(jobs: list[aot.Job], **_: Any) -> Iterator[aot.Report]:
         yield aot.Report(jobs[0].name, "sm_80", True, None, (aot.KernelReport("double", spill_bytes=8),))
         raise KeyboardInterrupt
 
@@ -270,7 +270,7 @@ def test_compile_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
         aot.Report("c", "sm_90", False, "it is bad", ()),
         aot.Report("d", "sm_90", True, None, ()),
     ]
-    monkeypatch.setattr(aot, "compile_many", lambda jobs, workers: reports)
+    monkeypatch.setattr(aot, "compile_many", lambda jobs, **options: reports)
     assert cli.main(["compile", "--target=sm_90"]) == 1
     captured = capsys.readouterr()
     assert "FAILED: it is bad" in captured.out and "no Pallas kernel" in captured.out

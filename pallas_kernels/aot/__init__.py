@@ -8,7 +8,6 @@ import importlib.util
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -84,17 +83,20 @@ class Job(NamedTuple):
     name: str = ""
 
 
-def compile(fn: Callable[..., Any], *args: Any, target: str, timeout: float = 600.0) -> Report:
+def compile(
+    fn: Callable[..., Any], *args: Any, target: str, estimate: bool = True, timeout: float = 600.0
+) -> Report:
     """Compile `fn` for `target`, without the device.
 
     The program goes through the vendor's compiler in a child process, because a bad kernel may take it down.
-    For a TPU, each Pallas kernel is also compiled bare: the compiler estimates the cycles of kernels, but not
-    those of the copies that XLA puts around them.
+    For a TPU, each Pallas kernel is also compiled bare, with the compiler's estimate of its cycles.
 
     Args:
       fn: a function that `jax.jit` takes.
       args: arrays or `jax.ShapeDtypeStruct`s, or trees of them.
       target: a TPU ("v4", "v5e", "v5p", "v6e", "7x") or a GPU ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100").
+      estimate: for a TPU, whether to compile the bare kernels too, for their cycles and VMEM. It takes most of
+        the time; whether the program compiles, and fits, is known without.
       timeout: seconds that the compiler may take for one program.
 
     Returns:
@@ -111,25 +113,25 @@ def compile(fn: Callable[..., Any], *args: Any, target: str, timeout: float = 60
     >>> aot.compile(depthwise_conv, x, w, target="v5e").compiled
     True
     """
-    (report,) = compile_many([Job(fn, args, target)], timeout=timeout)
+    (report,) = compile_many([Job(fn, args, target)], estimate=estimate, timeout=timeout)
     return report
 
 
 def compile_many(
-    jobs: Iterable[Job], *, workers: int | None = None, timeout: float = 600.0
+    jobs: Iterable[Job], *, workers: int | None = None, estimate: bool = True, timeout: float = 600.0
 ) -> Iterator[Report]:
     """Compile jobs as `compile` does, `workers` at a time, and yield their reports in the order of the jobs.
 
     Args:
       jobs: taken one by one, a few ahead of the reports.
       workers: child processes at work at once; by default one for each CPU.
-      timeout: seconds that the compiler may take for one program.
+      estimate, timeout: as in `compile`.
     """
     workers = workers or os.cpu_count() or 1
     with Crew(workers, timeout) as crew:
         pending: deque[Callable[[], Report]] = deque()
         for job in jobs:
-            pending.append(_start(job, crew))
+            pending.append(_start(job, crew, estimate))
             if len(pending) > 2 * workers:
                 yield pending.popleft()()
         while pending:
@@ -153,7 +155,7 @@ def target_named(name: str) -> Target:
     return target
 
 
-def _start(job: Job, crew: Crew) -> Callable[[], Report]:
+def _start(job: Job, crew: Crew, estimate: bool) -> Callable[[], Report]:
     """Lower a job here and hand it to the children; what comes back waits for its report."""
     target = target_named(job.target)
     try:
@@ -162,10 +164,10 @@ def _start(job: Job, crew: Crew) -> Callable[[], Report]:
         failed = Report(job.name, target.name, False, one_line(f"{type(e).__name__}: {e}"), ())
         return lambda: failed
     compiling = crew.submit("program", exported, partial(crew.ask, "tpu")) if exported else None
-    measuring = [_measure(kernel, target, crew) for kernel in kernels]
+    measuring = [_measure(kernel, target, crew, estimate) for kernel in kernels]
 
     def wait() -> Report:
-        reports = tuple(_judge(k, f.result(), target) for k, f in zip(kernels, measuring, strict=True))
+        reports = tuple(_judge(k, result(), target) for k, result in zip(kernels, measuring, strict=True))
         program = compiling.result() if compiling else {}
         errors = [program.get("error")] if compiling else [k.error for k in reports]
         error = next(filter(None, errors), None)
@@ -174,10 +176,12 @@ def _start(job: Job, crew: Crew) -> Callable[[], Report]:
     return wait
 
 
-def _measure(kernel: Kernel, target: Target, crew: Crew) -> Future[Task]:
+def _measure(kernel: Kernel, target: Target, crew: Crew, estimate: bool) -> Callable[[], Task]:
     if isinstance(target, GPU):
-        return crew.submit("kernel", kernel.task, partial(crew.ask, "triton"))
-    return crew.submit("kernel", kernel.task, lambda task: _profile(kernel, crew))
+        return crew.submit("kernel", kernel.task, partial(crew.ask, "triton")).result
+    if not estimate:
+        return lambda: {"no_cycles": "cycles not asked for"}
+    return crew.submit("kernel", kernel.task, lambda task: _profile(kernel, crew)).result
 
 
 def _profile(kernel: Kernel, crew: Crew) -> Task:
