@@ -159,12 +159,12 @@ def _start(job: Job, crew: Crew, estimate: bool) -> Callable[[], Report]:
     """Lower a job here and hand it to the children; what comes back waits for its report."""
     target = target_named(job.target)
     try:
-        exported, kernels = lower(job.fn, job.args, target)
+        exported, kernels = lower(job.fn, job.args, target, estimate)
     except Exception as e:
         failed = Report(job.name, target.name, False, one_line(f"{type(e).__name__}: {e}"), ())
         return lambda: failed
     compiling = crew.submit("program", exported, partial(crew.ask, "tpu")) if exported else None
-    measuring = [_measure(kernel, target, crew, estimate) for kernel in kernels]
+    measuring = [_measure(kernel, target, crew) for kernel in kernels]
 
     def wait() -> Report:
         reports = tuple(_judge(k, result(), target) for k, result in zip(kernels, measuring, strict=True))
@@ -176,23 +176,23 @@ def _start(job: Job, crew: Crew, estimate: bool) -> Callable[[], Report]:
     return wait
 
 
-def _measure(kernel: Kernel, target: Target, crew: Crew, estimate: bool) -> Callable[[], Task]:
-    if isinstance(target, GPU):
-        return crew.submit("kernel", kernel.task, partial(crew.ask, "triton")).result
-    if not estimate:
-        return lambda: {"no_cycles": "cycles not asked for"}
-    return crew.submit("kernel", kernel.task, lambda task: _profile(kernel, crew)).result
+def _measure(kernel: Kernel, target: Target, crew: Crew) -> Callable[[], Task]:
+    if kernel.task is None:
+        return lambda: {"no_cycles": kernel.no_cycles}
+    ask = (
+        partial(crew.ask, "triton") if isinstance(target, GPU) else partial(_profile, kernel.no_cycles, crew)
+    )
+    return crew.submit("kernel", kernel.task, ask).result
 
 
-def _profile(kernel: Kernel, crew: Crew) -> Task:
+def _profile(no_cycles: str | None, crew: Crew, task: Task) -> Task:
     """Estimated cycles if the profiler can, else bundles."""
-    reason = kernel.no_cycles
-    if reason is None:
-        reply = crew.ask("tpu-profile", kernel.task)
+    if no_cycles is None:
+        reply = crew.ask("tpu-profile", task)
         if not reply.pop("died", False) and (reply.get("cycles") or "error" in reply):
             return reply
-        reason = f"cycles not estimated: {reply.get('error', 'the compiler gave none')}"
-    return {"no_cycles": reason, **crew.ask("tpu-bundles", kernel.task)}
+        no_cycles = f"cycles not estimated: {reply.get('error', 'the compiler gave none')}"
+    return {"no_cycles": no_cycles, **crew.ask("tpu-bundles", task)}
 
 
 def _judge(kernel: Kernel, reply: Task, target: Target) -> KernelReport:

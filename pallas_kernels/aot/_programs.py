@@ -24,9 +24,9 @@ Target = TPU | GPU
 class Kernel(NamedTuple):
     """A Pallas kernel of a function, lowered.
 
-    no_cycles: why a static estimate of its cycles would be wrong.
+    no_cycles: why there will be no estimate of its cycles.
     peak_flops: operations per cycle of the TPU unit that it runs on.
-    task: what a child compiles.
+    task: what a child compiles; None if the program tells enough.
     """
 
     name: str
@@ -34,18 +34,23 @@ class Kernel(NamedTuple):
     memory_limit: int
     no_cycles: str | None
     peak_flops: float | None
-    task: Task
+    task: Task | None
 
 
-def lower(fn: Callable[..., Any], args: Any, target: Target) -> tuple[Task | None, list[Kernel]]:
-    """What children compile: the whole program (for a TPU), and each of the target's Pallas kernels in it."""
+def lower(
+    fn: Callable[..., Any], args: Any, target: Target, estimate: bool
+) -> tuple[Task | None, list[Kernel]]:
+    """What children compile: the whole program (for a TPU), and each of the target's Pallas kernels in it.
+
+    estimate: whether to lower kernels for a TPU alone, too.
+    """
     leaves, tree = jax.tree.flatten(args)
     flat = jax.jit(lambda *leaves: jax.tree.leaves(fn(*jax.tree.unflatten(tree, leaves))))
     with described(target), _without_locations():
         jaxpr = flat.trace(*leaves).jaxpr.jaxpr
         live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
         calls = {id(call): call for call in pallas_calls(live, target)}
-        kernels = [_lower_kernel(call, target) for call in calls.values()]
+        kernels = [_lower_kernel(call, target, estimate) for call in calls.values()]
         if isinstance(target, TPU):
             return _exported(flat, leaves, target), kernels
         flat.trace(*leaves).lower(lowering_platforms=("cuda",))  # for its errors
@@ -99,19 +104,17 @@ def _inner_jaxprs(eqn: JaxprEqn) -> Iterator[Jaxpr]:
             yield value.jaxpr if isinstance(value, ClosedJaxpr) else value
 
 
-def _lower_kernel(call: JaxprEqn, target: Target) -> Kernel:
+def _lower_kernel(call: JaxprEqn, target: Target, estimate: bool) -> Kernel:
     body = call.params["jaxpr"]
     bare = jax.jit(lambda *operands: call.primitive.bind(*operands, **call.params))
     operands = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in call.invars]
-    on_tpu = isinstance(target, TPU)
-    return Kernel(
-        name=body.debug_info.func_src_info.split(" at ")[0],
-        work=work_of(call),
-        memory_limit=target.vmem_bytes if on_tpu else target.shared_memory_bytes,
-        no_cycles=_unprofilable(body, target) if on_tpu else None,
-        peak_flops=_peak_flops(body, target) if on_tpu else None,
-        task=_exported(bare, operands, target) if on_tpu else _triton_source(bare, operands, target),
-    )
+    name, work = body.debug_info.func_src_info.split(" at ")[0], work_of(call)
+    if not isinstance(target, TPU):
+        task = _triton_source(bare, operands, target)
+        return Kernel(name, work, target.shared_memory_bytes, None, None, task)
+    task = _exported(bare, operands, target) if estimate else None
+    no_cycles = _unprofilable(body, target) if estimate else "cycles not asked for"
+    return Kernel(name, work, target.vmem_bytes, no_cycles, _peak_flops(body, target), task)
 
 
 def _exported(fn: Any, args: Sequence[Any], tpu: TPU) -> Task:
