@@ -14,7 +14,7 @@ from pallas_kernels.tpu import depthwise_conv as tpu
 from pallas_kernels.windows import Axis, Blocks, Gather, Strips
 
 # (images, rows, columns, channels), (kernel), stride
-GEOMETRIES = [((19, 11, 6, 5), (5, 3), 1), ((4, 9, 10, 3), (3, 3), 2)]
+GEOMETRIES = [((19, 7, 6, 5), (3, 2), 1), ((4, 9, 10, 3), (3, 3), 2)]
 # places of a slab, rows of a block in periods, columns of a piece in periods, unroll
 TPU_PLANS = [
     ("batch", 99, 99, 1),
