@@ -261,32 +261,32 @@ def _passes(operator: Operator, case: Case) -> Iterator[tuple[str, Callable[...,
 
 
 _COMPILED = (
-    "call", "target", "kernel", "cycles", "around", "true", "padded", "memory", "registers", "spill", "note"
+    "call", "target", "compiler", "kernel", "cycles", "around", "true", "padded", "memory", "registers", "spill", "note"
 )  # fmt: skip
 
 
 def _compile_rows(report: aot.Report, rows: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
     """One row a kernel; of a program without one, what XLA estimates, against our program among the `rows` so far."""
-    around = _cell(report.around_cycles)
+    program, around = (report.name, report.target, report.compiler or "-"), _cell(report.around_cycles)
     for k in report.kernels:
         cells = map(_cell, (k.memory_bytes, k.registers, k.spill_bytes))
         shares = ("-" if share is None else f"{share:.0%}" for share in (k.share, k.padded_share))
         between = k.work.intermediate_bytes if k.work else 0
         known = [k.no_cycles, f"{between} bytes that only the next product reads" if between else None]
         note = f"FAILED: {k.error}" if k.error else "; ".join(filter(None, known))
-        yield (report.name, report.target, k.name, _cell(k.cycles), around, *shares, *cells, note)
+        yield (*program, k.name, _cell(k.cycles), around, *shares, *cells, note)
         # Once a program: the columns add up.
         around = "-"
     if report.error and not any(k.error for k in report.kernels):
-        yield (report.name, report.target, *"--------", f"FAILED: {report.error}")
+        yield (*program, *"--------", f"FAILED: {report.error}")
     elif not report.kernels:
         note, (call, rival, _) = "no Pallas kernel: XLA compiles it", report.name.partition(_BY)
         ours = [row for row in rows if row[:2] == (call, report.target)]
-        kernels, other = ([row[i] for row in ours] for i in (3, 4))
+        kernels, other = ([row[i] for row in ours] for i in (4, 5))
         if rival and ours and report.around_cycles and "-" not in (*kernels, other[0]):
             total = sum(map(int, (*kernels, other[0])))
             note = f"{report.around_cycles / total:.2f} times ours"
-        yield (report.name, report.target, "-", "-", around, *"-----", note)
+        yield (*program, "-", "-", around, *"-----", note)
 
 
 def _cell(value: int | None) -> str:

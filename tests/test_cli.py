@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -204,10 +205,10 @@ def test_compile_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     header, *rows = captured.out.splitlines()
     assert header.startswith("call") and header.endswith("registers  spill  note")
-    assert [row.split()[:5] for row in rows] == [
-        ["double", "16x128", pass_, target, "double"]
+    assert [row.split()[:7] for row in rows] == [
+        ["double", "16x128", pass_, target, compiler, version(compiler), "double"]
         for pass_ in ("forward", "gradients")
-        for target in ("v5e", "sm_80")
+        for target, compiler in (("v5e", "libtpu"), ("sm_80", "triton"))
     ]
     assert captured.err.endswith("4 of 4 compile without a spill\n")
 

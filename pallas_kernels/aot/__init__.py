@@ -4,6 +4,7 @@ The vendors' own compilers do it: libtpu for TPUs, Triton and ptxas for GPUs.
 `pip install "pallas-kernels[aot]"` brings them.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 from collections import deque
@@ -64,6 +65,7 @@ class Report:
     error: why not.
     kernels: one for each Pallas kernel that the function needs on the target.
     around_cycles: on a TPU, XLA's estimate for all else in the program; None if it gives none.
+    compiler: the package that compiled it, and its version.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Report:
     error: str | None
     kernels: tuple[KernelReport, ...]
     around_cycles: int | None = None
+    compiler: str = ""
 
 
 class Job(NamedTuple):
@@ -148,20 +151,28 @@ def target_named(name: str) -> Target:
     if name not in TARGETS:
         raise ValueError(f"unknown target {name!r}, expected one of {', '.join(TARGETS)}")
     target = TARGETS[name]
-    for module in ("libtpu", "flatbuffers") if isinstance(target, TPU) else ("triton",):
+    for module in (_package(target), *(["flatbuffers"] if isinstance(target, TPU) else [])):
         if importlib.util.find_spec(module) is None:
             message = f'compiling for {name} needs {module}: pip install "pallas-kernels[aot]"'
             raise ModuleNotFoundError(message, name=module)
     return target
 
 
+def _package(target: Target) -> str:
+    return "libtpu" if isinstance(target, TPU) else "triton"
+
+
 def _start(job: Job, crew: Crew, estimate: bool) -> Callable[[], Report]:
     """Lower a job here and hand it to the children; what comes back waits for its report."""
     target = target_named(job.target)
+    package = _package(target)
+    compiler = f"{package} {importlib.metadata.version(package)}"
     try:
         exported, kernels = lower(job.fn, job.args, target, estimate)
     except Exception as e:
-        failed = Report(job.name, target.name, False, one_line(f"{type(e).__name__}: {e}"), ())
+        failed = Report(
+            job.name, target.name, False, one_line(f"{type(e).__name__}: {e}"), (), None, compiler
+        )
         return lambda: failed
     compiling = crew.submit("program", exported, partial(crew.ask, "tpu")) if exported else None
     measuring = [_measure(kernel, target, crew) for kernel in kernels]
@@ -171,7 +182,8 @@ def _start(job: Job, crew: Crew, estimate: bool) -> Callable[[], Report]:
         program = compiling.result() if compiling else {}
         errors = [program.get("error")] if compiling else [k.error for k in reports]
         error = next(filter(None, errors), None)
-        return Report(job.name, target.name, error is None, error, reports, program.get("around_cycles"))
+        around = program.get("around_cycles")
+        return Report(job.name, target.name, error is None, error, reports, around, compiler)
 
     return wait
 
