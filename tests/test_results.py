@@ -1,4 +1,4 @@
-"""The results of `pallas-kernels compile OPERATORS --full --out` that the library ships are whole, and what is claimed."""
+"""The results of `pallas-kernels compile OPERATOR --full --out` that the library ships are whole, and as claimed."""
 
 import csv
 from collections import defaultdict

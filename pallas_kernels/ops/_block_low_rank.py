@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dispatch, lowering
-from pallas_kernels.baselines import Contestant, Prepare, of_jax, versioned
+from pallas_kernels.baselines import Contestant, Prepare, of_jax, of_torch, versioned
 from pallas_kernels.blocks import Blocks
 from pallas_kernels.dispatch import Launcher
 from pallas_kernels.operators import Case
@@ -50,22 +50,29 @@ LAYERS = (
     Layer("DiT-XL/2 adaLN", 1152, 6912, 256, None, (9, 256)),
 )
 TOKENS = (1, 197, 384, 1024, 4096)
-# The fewest of them that take every path; and those of the published measurements that a CPU can do in seconds.
+# The fewest of them that take every path; those that a CPU can do in seconds; and how many tokens are timed.
 COMPILED = ((197, "ViT-B fc1"), (1024, "GPT-2 c_attn"), (1024, "Llama-3.2-1B down"), (1024, "Llama-7B gate"))
-TIMED = (("Llama-7B qkvo", "Llama-3.2-1B qo", "GPT-2 c_fc", "ViT-B fc1"), (1, 384, 1024))
+TIMED_ON_CPU = ("Llama-7B qkvo", "Llama-3.2-1B qo", "GPT-2 c_fc", "ViT-B fc1")
+TIMED_TOKENS = (1, 384, 1024)
 
 
-def layers(full: bool) -> list[tuple[int, Layer]]:
-    """(tokens, layer) of every published layer, or of the fewest that take every path."""
+# From tokens, a layer and a dtype to a case, named after the layer; None if the layer has no such product.
+OfLayer = Callable[[int, Layer, Any], Case | None]
+
+
+def compiled_cases(of_layer: OfLayer, full: bool) -> list[Case]:
+    """Of every published layer, or the fewest that take every path."""
     named = {layer.name: layer for layer in LAYERS}
-    if full:
-        return list(itertools.product(TOKENS, LAYERS))
-    return [(n, named[name]) for n, name in COMPILED]
+    chosen = itertools.product(TOKENS, LAYERS) if full else [(n, named[name]) for n, name in COMPILED]
+    return [case for n, layer in chosen if (case := of_layer(n, layer, jnp.bfloat16))]
 
 
-def timed_layers() -> list[tuple[int, Layer]]:
-    names, tokens = TIMED
-    return [(n, layer) for layer in LAYERS for n in tokens if layer.name in names]
+def timed_cases(of_layer: OfLayer) -> list[Case]:
+    """On a GPU of every published layer in bfloat16, on a CPU of some in float32."""
+    on_gpu = jax.default_backend() == "gpu"
+    timed = [layer for layer in LAYERS if on_gpu or layer.name in TIMED_ON_CPU]
+    dtype = jnp.bfloat16 if on_gpu else jnp.float32
+    return [case for layer in timed for n in TIMED_TOKENS if (case := of_layer(n, layer, dtype))]
 
 
 def check_arrays(name: str, x: Any, floats: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
@@ -165,7 +172,7 @@ def baselines(
     """
     return {
         "XLA, dense": lambda case: functools.partial(_dense, case, to_dense),
-        versioned("torch", f"{os.cpu_count()} threads"): lambda case: _torch(case, torch_form),
+        versioned("torch", f"{os.cpu_count()} threads"): lambda case: of_torch(torch_form, case),
     }
 
 
@@ -198,36 +205,3 @@ def _dense(
     contestant = dense([x, matrix], cotangent)
     # The gradient of the matrix is computed, but there are only those of factors to compare it with.
     return contestant._replace(to_numpy=lambda out: contestant.to_numpy(out)[:2])
-
-
-def _torch(case: Case, form: Callable[..., Any]) -> Prepare | None:
-    try:
-        import torch
-    except ImportError:
-        return None
-    if any(a.dtype != np.float32 for a in case.arguments):
-        return None
-    device = torch.device("cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(os.cpu_count() or 1)
-
-    def prepare(arguments: Sequence[np.ndarray], cotangent: np.ndarray) -> Contestant:
-        *tensors, g = (torch.from_numpy(np.array(a)).to(device) for a in (*arguments, cotangent))
-        for tensor in tensors:
-            tensor.requires_grad_()
-
-        def finished(value: Any) -> Any:
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            return value
-
-        def forward() -> Any:
-            with torch.no_grad():
-                return finished((form(*tensors),))
-
-        def gradients() -> Any:
-            out = form(*tensors)
-            return finished((out, *torch.autograd.grad(out, tensors, g)))
-
-        return Contestant(forward, gradients, lambda out: [v.detach().cpu().numpy() for v in out])
-
-    return prepare

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from pallas_kernels.baselines import Contestant, Prepare, of_jax, versioned
+from pallas_kernels.baselines import Contestant, Prepare, of_jax, of_torch, versioned
 from pallas_kernels.operators import Case
 
 # A case's (strides, padding, dilation) as plain numbers, or None if a baseline can't run it.
@@ -64,61 +64,30 @@ def _triton(case: Case, strides: Any, padding: Any, dilation: Any) -> Prepare | 
 
 
 def _torch(case: Case, strides: Any, padding: Any, dilation: Any) -> Prepare | None:
-    try:
-        import torch
-    except ImportError:
+    if any(lo != hi for lo, hi in padding):
         return None
-    if case.arguments[0].dtype != np.float32 or any(lo != hi for lo, hi in padding):
-        return None
-    device = torch.device("cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(os.cpu_count() or 1)
 
-    def contestant(arguments: Sequence[np.ndarray], cotangent: np.ndarray, layout: Any) -> Contestant:
-        def place(a: Any) -> Any:
-            return torch.from_numpy(a).to(device).contiguous(memory_format=layout)
+    def convolve(x: Any, w: Any) -> Any:
+        from torch.nn import functional
 
-        x, w, g = (
-            place(np.ascontiguousarray(a.transpose(axes)))
-            for a, axes in (
-                (arguments[0], (0, 3, 1, 2)),
-                (arguments[1][..., None], (2, 3, 0, 1)),
-                (cotangent, (0, 3, 1, 2)),
-            )
-        )
-        for a in (x, w):
-            a.requires_grad_()
+        return functional.conv2d(x, w, None, strides, [lo for lo, _ in padding], dilation, x.shape[1])
 
-        def convolve() -> Any:
-            pads = tuple(lo for lo, _ in padding)
-            return torch.nn.functional.conv2d(x, w, None, strides, pads, dilation, x.shape[1])
+    def place(a: np.ndarray, i: int) -> np.ndarray:
+        return a[..., None].transpose(2, 3, 0, 1) if i == 1 else a.transpose(0, 3, 1, 2)
 
-        def finished(value: Any) -> Any:
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            return value
+    def back(a: np.ndarray, i: int) -> np.ndarray:
+        return a[:, 0].transpose(1, 2, 0) if i == 1 else a.transpose(0, 2, 3, 1)
 
-        def forward() -> Any:
-            with torch.no_grad():
-                return finished((convolve(),))
-
-        def gradients() -> Any:
-            out = convolve()
-            return finished((out, *torch.autograd.grad(out, (x, w), g)))
-
-        def to_numpy(out: Any) -> list[np.ndarray]:
-            images = [v.detach().cpu().numpy().transpose(0, 2, 3, 1) for v in out[:2]]
-            return [*images, *(v.detach().cpu().numpy()[:, 0].transpose(1, 2, 0) for v in out[2:])]
-
-        return Contestant(forward, gradients, to_numpy)
+    layouts = ("contiguous_format", "channels_last")
+    in_layouts = [of_torch(convolve, case, place=place, back=back, memory_format=f) for f in layouts]
 
     def prepare(arguments: Sequence[np.ndarray], cotangent: np.ndarray) -> Contestant:
-        layouts = torch.contiguous_format, torch.channels_last
-        both = [contestant(arguments, cotangent, layout) for layout in layouts]
+        both = [of_layout(arguments, cotangent) for of_layout in in_layouts if of_layout]
         forward = min(both, key=lambda c: _seconds(c.forward)).forward
         gradients = min(both, key=lambda c: _seconds(c.gradients)).gradients
         return Contestant(forward, gradients, both[0].to_numpy)
 
-    return prepare
+    return prepare if all(in_layouts) else None
 
 
 def _seconds(run: Callable[[], Any]) -> float:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.baselines import Contestant, Prepare, of_jax, versioned
+from pallas_kernels.baselines import Contestant, Prepare, of_jax, of_torch, versioned
 from pallas_kernels.operators import Case
 
 
@@ -41,46 +41,18 @@ def _jnp(case: Case) -> Prepare:
 
 
 def _torch(case: Case, *, real: bool = True) -> Prepare | None:
-    try:
-        import torch
-    except ImportError:
-        return None
-    device = torch.device("cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(os.cpu_count() or 1)
     n = case.arguments[0].shape[1] + case.arguments[1].shape[0]
 
-    def prepare(arguments: Sequence[np.ndarray], cotangent: np.ndarray) -> Contestant:
-        # In the layout that it likes best, (batch, channels, length): what it would cost to get there isn't counted.
-        u, k, g = (
-            torch.from_numpy(np.ascontiguousarray(a.swapaxes(-1, -2).astype(np.float32))).to(device)
-            for a in (*arguments, cotangent)
-        )
-        for a in (u, k):
-            a.requires_grad_()
+    def convolve(u: Any, k: Any) -> Any:
+        from torch import fft
 
-        def convolve() -> Any:
-            there, back = (torch.fft.rfft, torch.fft.irfft) if real else (torch.fft.fft, torch.fft.ifft)
-            y = back(there(u, n) * there(k, n), n)[..., : u.shape[-1]]
-            return y if real else y.real
+        there, back = (fft.rfft, fft.irfft) if real else (fft.fft, fft.ifft)
+        y = back(there(u, n) * there(k, n), n)[..., : u.shape[-1]]
+        return y if real else y.real
 
-        def finished(values: Any) -> Any:
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            return values
-
-        def forward() -> Any:
-            with torch.no_grad():
-                return finished((convolve(),))
-
-        def gradients() -> Any:
-            y = convolve()
-            return finished((y, *torch.autograd.grad(y, (u, k), g)))
-
-        return Contestant(
-            forward, gradients, lambda out: [v.detach().cpu().numpy().swapaxes(-1, -2) for v in out]
-        )
-
-    return prepare
+    # In the layout that it likes best, (batch, channels, length), and the dtype that it has transforms of.
+    place = lambda a, i: a.swapaxes(-1, -2).astype(np.float32)  # noqa: E731
+    return of_torch(convolve, case, place=place, back=lambda a, i: a.swapaxes(-1, -2))
 
 
 def _scipy(case: Case) -> Prepare | None:

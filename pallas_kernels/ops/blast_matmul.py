@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,16 +16,16 @@ from pallas_kernels.ops._block_low_rank import (
     baselines,
     by_platform,
     check_arrays,
+    compiled_cases,
     exact,
     expand,
     launcher,
-    layers,
     outer,
     prepared,
     project,
     rivals,
     rounding,
-    timed_layers,
+    timed_cases,
 )
 from pallas_kernels.ops._multilinear import Multilinear, multiply
 from pallas_kernels.tpu import blast_matmul as tpu
@@ -220,14 +220,10 @@ def _parity_cases() -> list[Case]:
     ]
 
 
-def _cases(dtype: Any, chosen: Iterable[tuple[int, Any]]) -> list[Case]:
-    """`chosen` layers, with their published numbers of blocks and ranks."""
-    cases = []
-    for n, layer in chosen:
-        b, rank = layer.blast
-        case = _case(n, Blocks(b, b, layer.inputs // b, layer.outputs // b, rank), dtype)
-        cases.append(dataclasses.replace(case, name=f"{layer.name} {case.name}"))
-    return cases
+def _of_layer(n: int, layer: Any, dtype: Any) -> Case:
+    b, rank = layer.blast
+    case = _case(n, Blocks(b, b, layer.inputs // b, layer.outputs // b, rank), dtype)
+    return dataclasses.replace(case, name=f"{layer.name} {case.name}")
 
 
 def _odd_calls() -> list[Case]:
@@ -253,8 +249,8 @@ OPERATOR = Operator(
     function=blast_matmul,
     reference=reference,
     parity_cases=_parity_cases,
-    compile_cases=lambda full: [*_cases(jnp.bfloat16, layers(full)), *_odd_calls()],
-    bench_cases=lambda: _cases(jnp.float32, timed_layers()),
+    compile_cases=lambda full: [*compiled_cases(_of_layer, full), *_odd_calls()],
+    bench_cases=lambda: timed_cases(_of_layer),
     baselines=baselines(to_dense, _torch_form),
     family="blr",
     rivals=rivals(blast_matmul, lambda case: case.arguments[1].shape[0] * case.arguments[1].shape[2]),

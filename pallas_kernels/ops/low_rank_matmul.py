@@ -8,7 +8,14 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.operators import Case, Operator
-from pallas_kernels.ops._block_low_rank import baselines, check_arrays, layers, prepared, rivals, timed_layers
+from pallas_kernels.ops._block_low_rank import (
+    baselines,
+    check_arrays,
+    compiled_cases,
+    prepared,
+    rivals,
+    timed_cases,
+)
 from pallas_kernels.ops._multilinear import multiply
 from pallas_kernels.ops.monarch_matmul import MONARCH
 
@@ -102,7 +109,7 @@ def _parity_cases() -> list[Case]:
     ]
 
 
-def _of_layer(n: int, layer: Any, dtype: Any = jnp.bfloat16) -> Case:
+def _of_layer(n: int, layer: Any, dtype: Any) -> Case:
     case = _case(n, layer.inputs, layer.outputs, layer.low_rank, dtype)
     return dataclasses.replace(case, name=f"{layer.name} {case.name}")
 
@@ -112,8 +119,8 @@ OPERATOR = Operator(
     function=lambda x, u, v, scale=None, **options: low_rank_matmul(x, u, v, scale=scale, **options),
     reference=reference,
     parity_cases=_parity_cases,
-    compile_cases=lambda full: [_of_layer(n, layer) for n, layer in layers(full)],
-    bench_cases=lambda: [_of_layer(n, layer, jnp.float32) for n, layer in timed_layers()],
+    compile_cases=lambda full: compiled_cases(_of_layer, full),
+    bench_cases=lambda: timed_cases(_of_layer),
     baselines=baselines(to_dense, lambda x, u, v: (x @ v.T) @ u),
     family="blr",
     rivals=rivals(low_rank_matmul, lambda case: case.arguments[1].shape[1]),

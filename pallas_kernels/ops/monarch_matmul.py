@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,16 +16,16 @@ from pallas_kernels.ops._block_low_rank import (
     baselines,
     by_platform,
     check_arrays,
+    compiled_cases,
     exact,
     expand,
     launcher,
-    layers,
     outer,
     prepared,
     project,
     rivals,
     rounding,
-    timed_layers,
+    timed_cases,
 )
 from pallas_kernels.ops._multilinear import Multilinear, multiply
 from pallas_kernels.tpu import monarch_matmul as tpu
@@ -288,17 +288,13 @@ def _parity_cases() -> list[Case]:
     ]
 
 
-def _of_layer(n: int, layer: Any, dtype: Any = jnp.bfloat16, **options: Any) -> Case | None:
+def _of_layer(n: int, layer: Any, dtype: Any) -> Case | None:
     if layer.monarch is None:
         return None
     b, rank = layer.monarch
     blocks = Blocks(b, b, layer.inputs // b, layer.outputs // b, rank // b)
-    case = _case(n, blocks, dtype, **options)
+    case = _case(n, blocks, dtype)
     return dataclasses.replace(case, name=f"{layer.name} {case.name}")
-
-
-def _cases(dtype: Any, chosen: Iterable[tuple[int, Any]]) -> list[Case]:
-    return [case for n, layer in chosen if (case := _of_layer(n, layer, dtype))]
 
 
 def _odd_calls() -> list[Case]:
@@ -328,8 +324,8 @@ OPERATOR = Operator(
     function=_function,
     reference=reference,
     parity_cases=_parity_cases,
-    compile_cases=lambda full: [*_cases(jnp.bfloat16, layers(full)), *_odd_calls()],
-    bench_cases=lambda: _cases(jnp.float32, timed_layers()),
+    compile_cases=lambda full: [*compiled_cases(_of_layer, full), *_odd_calls()],
+    bench_cases=lambda: timed_cases(_of_layer),
     baselines=baselines(to_dense, _torch_form),
     family="blr",
     rivals=rivals(_function, lambda case: case.arguments[2].shape[0] * case.arguments[2].shape[2]),
