@@ -365,9 +365,9 @@ def _compile_cases(full: bool) -> list[Case]:
     f32, bf16 = jnp.float32, jnp.bfloat16
     if full:
         return [
-            _case((8 << stage, size >> stage, size >> stage, width << stage), (k, k), dtype)
-            for size, width, dtype in itertools.product(
-                (56, 96), (40, 48, 64, 80, 96, 128, 192, 256), (f32, bf16)
+            _case((max(8, batch << stage), size >> stage, size >> stage, width << stage), (k, k), dtype)
+            for (size, batch), width, dtype in itertools.product(
+                ((56, 8), (96, 4)), (40, 48, 64, 80, 96, 128, 192, 256), (f32, bf16)
             )
             for stage, k in ((0, 3), (1, 13), (2, 13), (2, 3), (3, 13))
         ]
