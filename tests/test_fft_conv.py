@@ -312,15 +312,24 @@ def test_gradients_with_one_gate(conv, gate, random):
         assert error(a, want) <= tolerance
 
 
-def test_channels_side_by_side_are_the_same(random, monkeypatch):
-    u, k, gate = normal(random, 2, 20, 8), normal(random, 20, 8), normal(random, 2, 20, 8)
-    all_gradients = gradients(lambda u, k, g: pk.fft_conv(u, k, gate_out=g, implementation="xla"), 3)
-    expected = all_gradients(u, k, gate)
+@pytest.mark.parametrize(
+    ("channels", "part", "loops"), [(8, 4, 0), (7, 3, 0), (24, 3, 2), (17, 3, 2)], ids=str
+)
+def test_channels_in_parts_are_the_same(channels, part, loops, random, monkeypatch):
+    u, gate = normal(random, 2, 20, channels), normal(random, 2, 20, channels, dtype=jnp.bfloat16)
+    k = normal(random, 20, channels)
+
+    def both(u, k, gate):
+        y, vjp = jax.vjp(lambda u, k, g: pk.fft_conv(u, k, gate_out=g, implementation="xla"), u, k, gate)
+        return y, *vjp(u)
+
+    expected = both(u, k, gate)
     monkeypatch.setattr(xla, "MANY", 1)
+    monkeypatch.setattr(xla, "CHANNELS", part)
     jax.clear_caches()
-    text = str(jax.make_jaxpr(all_gradients)(u, k, gate))
-    assert "f32[2,20,2]" in text
-    assert_close(all_gradients(u, k, gate), expected, 1e-6)
+    program = jax.jit(both).lower(u, k, gate).as_text()
+    assert program.count("stablehlo.while") == loops
+    assert_close(both(u, k, gate), expected, 1e-6)
     jax.clear_caches()
 
 
