@@ -186,7 +186,7 @@ def test_kernels_of_hyena_are_the_published_function_of_time(random):
     layer.frequency[...] = jnp.asarray(random.uniform(1, 9, 5), jnp.float32)
     t = np.linspace(0, 1, 12)[:, None]
     waves = np.exp(-2j * np.pi * np.arange(12)[:, None] / 12 * np.linspace(1e-4, 1, 2))
-    z = np.hstack([t, waves.real, waves.imag])
+    z = np.hstack([t, np.real(waves), np.imag(waves)])
     for linear in layer.layers:
         z = np.sin(np.asarray(layer.frequency[...]) * (z @ linear.kernel[...] + linear.bias[...]))
     rates = np.linspace(np.log(0.01) / 1.5, np.log(0.01) / 0.3, 3)
