@@ -66,8 +66,8 @@ def _in_parts(function: Callable[..., Any], like: Any, *arrays: Any) -> Any:
         return function(*arrays)
 
     def side_by_side(*arrays: Any) -> Any:
-        widths = [min(CHANNELS, channels - i) for i in range(0, channels, CHANNELS)]
-        parts = [function(*_cut(arrays, i * CHANNELS, width)) for i, width in enumerate(widths)]
+        starts = range(0, channels, CHANNELS)
+        parts = [function(*_cut(arrays, i, min(CHANNELS, channels - i))) for i in starts]
         return jax.tree.map(lambda *parts: jnp.concatenate(parts, -1), *parts)
 
     def in_steps(*arrays: Any) -> Any:
