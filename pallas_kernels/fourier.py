@@ -130,7 +130,7 @@ def convolve(
     before, after = _packed(gates, plan)
     x = run.there(_pack(v, plan), before)
     inner_gates = (None, None) if plan.outer else (before, after)
-    (y,) = run.inner([x], spectrum, inner_gates, [v.dtype], transposed=transposed)
+    y = run.convolve(x, spectrum, inner_gates, v.dtype, transposed=transposed)
     (y,) = run.back(y, [after], [v.dtype])
     return _unpack(y, v.shape, plan)
 
@@ -146,15 +146,15 @@ def gradients(
     of_before, of_after = ([] if gate is None else [gate.dtype] for gate in gates)
     dtypes = [v.dtype, *of_before]
     if plan.outer:
-        arrays = [run.there(x, before), run.there(g, after)]
-        dv, sums = run.inner(arrays, spectrum, (None, None), dtypes)
+        x_there, g_there = run.there(x, before), run.there(g, after)
+        dv, sums = run.gradients(x_there, g_there, spectrum, (None, None), dtypes)
         made = run.back(dv, [before, x] if of_before else [None], dtypes)
         if of_after:
             # By a kernel of its own: a GPU's registers don't hold both.
-            (y,) = run.inner(arrays[:1], spectrum, (None, None), dtypes)
+            y = run.convolve(x_there, spectrum, (None, None), v.dtype)
             made += run.back(y, [g], of_after)
     else:
-        *made, sums = run.inner([x, g], spectrum, (before, after), [*dtypes, *of_after])
+        *made, sums = run.gradients(x, g, spectrum, (before, after), [*dtypes, *of_after])
     dv, *of_gates = (_unpack(a, v.shape, plan) for a in made)
     dbefore = of_gates.pop(0) if of_before else None
     dafter = of_gates.pop(0) if of_after else None
@@ -184,43 +184,50 @@ class _Launch(NamedTuple):
             results = self.outer(results[0], given, level, back=True, dtypes=made)
         return list(results)
 
-    def inner(
-        self, arrays: Sequence[jax.Array], spectrum: jax.Array, gates: Gates, dtypes: Sequence[Any], *,
-        transposed: bool = False,
-    ) -> Sequence[jax.Array]:  # fmt: skip
-        """The kernel: `convolve` of one array, `gradients` of an array and a cotangent.
+    def convolve(
+        self, x: jax.Array, spectrum: jax.Array, gates: Gates, dtype: Any, *, transposed: bool = False
+    ) -> jax.Array:
+        """The kernel of the convolution; its result is in `dtype` where no outer pass comes after it."""
+        body = functools.partial(kernels.convolve, gated=_gated(gates), conjugate=transposed)
+        name = "fft_conv" + "_transposed" * transposed
+        (y,) = self._inner(body, name, [x], spectrum, gates, [dtype], transforms=2)
+        return y
 
-        dtypes: of its results beside the spectrum's gradient, where no outer pass comes after it.
-        """
-        plan = self.plan
+    def gradients(
+        self, x: jax.Array, g: jax.Array, spectrum: jax.Array, gates: Gates, dtypes: Sequence[Any]
+    ) -> Sequence[jax.Array]:
+        """The kernel of the gradients in x and in the gates, and the spectrum's summed for each program."""
+        gated = _gated(gates)
+        body = functools.partial(kernels.gradients, gated=gated)
+        return self._inner(
+            body, "fft_conv_gradients", [x, g], spectrum, gates, dtypes, transforms=3 + gated.after, sums=True
+        )
+
+    def _inner(
+        self, body: Callable[..., None], name: str, arrays: Sequence[jax.Array], spectrum: jax.Array, gates: Gates,
+        dtypes: Sequence[Any], *, transforms: int, sums: bool = False,
+    ) -> Sequence[jax.Array]:  # fmt: skip
+        plan, matrices = self.plan, _matrices(self.plan)
         if plan.outer:
-            tail = 2, math.prod(plan.outer), plan.rows, plan.columns
-            arrays = [a.reshape(*a.shape[:2], *tail) for a in arrays]
+            planes = 2, math.prod(plan.outer), plan.rows, plan.columns
+            arrays = [a.reshape(*a.shape[:2], *planes) for a in arrays]
             dtypes = [plan.between]
-        channels, groups, *tail = arrays[0].shape
-        of_sequences, of_spectrum, of_sums = self._blocks(tail, spectrum.shape[2:])
-        programs = groups // plan.block
-        out_shape = [jax.ShapeDtypeStruct(arrays[0].shape, dtype) for dtype in dtypes]
-        out_specs = [of_sequences] * len(dtypes)
-        gated = kernels.Gated(*(gate is not None for gate in gates))
         given = [gate for gate in gates if gate is not None]
-        matrices = _matrices(plan)
-        if len(arrays) == 2:
-            body, name = functools.partial(kernels.gradients, gated=gated), "fft_conv_gradients"
+        channels, groups, *tail = arrays[0].shape
+        programs = groups // plan.block
+        of_sequences, of_spectrum, of_sums = self._blocks(tail, spectrum.shape[2:])
+        out_shape = [jax.ShapeDtypeStruct(arrays[0].shape, dtype) for dtype in dtypes]
+        if sums:
             out_shape += [jax.ShapeDtypeStruct((channels, programs, *spectrum.shape[1:]), jnp.float32)]
-            out_specs += [of_sums]
-        else:
-            body = functools.partial(kernels.convolve, gated=gated, conjugate=transposed)
-            name = "fft_conv" + "_transposed" * transposed
         return launch(
             body, *arrays, spectrum, *given, *matrices,
-            platform=self.platform, interpret=self.interpret, name=name + "_gated" * any(gated),
+            platform=self.platform, interpret=self.interpret, name=name + "_gated" * bool(given),
             grid=(channels * math.prod(plan.outer), programs),
             in_specs=[*(of_sequences for _ in arrays), of_spectrum, *(of_sequences for _ in given),
                       *map(_whole, matrices)],
-            out_specs=out_specs, out_shape=out_shape, num_warps=plan.num_warps,
-            work=_work(plan, [*arrays, *given], len(arrays) + 1 + (len(arrays) == 2 and gated.after),
-                       spectrum, matrices, out_shape),
+            out_specs=[*(of_sequences for _ in dtypes), *[of_sums] * sums],
+            out_shape=out_shape, num_warps=plan.num_warps,
+            work=_work(plan, [*arrays, *given], transforms, spectrum, matrices, out_shape),
         )  # fmt: skip
 
     def _blocks(self, tail: Sequence[int], spectrum: Sequence[int]) -> tuple[pl.BlockSpec, ...]:
@@ -297,6 +304,10 @@ class _Launch(NamedTuple):
             num_warps=plan.num_warps,
             work=_outer_work(plan, [x, *factors], n, real, len(dtypes)),
         )  # fmt: skip
+
+
+def _gated(gates: Gates) -> kernels.Gated:
+    return kernels.Gated(*(gate is not None for gate in gates))
 
 
 def _whole(a: jax.Array) -> pl.BlockSpec:

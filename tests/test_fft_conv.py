@@ -66,6 +66,11 @@ def loss(conv):
     return lambda *arrays: jnp.sum(jnp.tanh(conv(*arrays) / 3))
 
 
+def given(conv, names):
+    """A function of u, k and of what has these names."""
+    return lambda u, k, *values: conv(u, k, **dict(zip(names, values, strict=True)))
+
+
 def gradients(conv, count=2):
     return jax.grad(loss(conv), tuple(range(count)))
 
@@ -290,13 +295,11 @@ def test_gates_and_skip_are_what_they_say(conv, random):
 def test_gradients_of_every_argument(conv, random):
     arrays = [normal(random, *s) for s in ((2, 30, 2), (30, 2), (2,), (2, 30, 2), (2, 30, 2))]
 
-    def with_gates(conv):
-        return lambda u, k, skip, i, o: conv(u, k, skip=skip, gate_in=i, gate_out=o)
-
+    options = "skip", "gate_in", "gate_out"
     with lowering.enable_x64():
         wide = [a.astype(jnp.float64) for a in arrays]
-        expected = gradients(with_gates(reference), 5)(*wide)
-    for got, want in zip(gradients(with_gates(conv), 5)(*arrays), expected, strict=True):
+        expected = gradients(given(reference, options), 5)(*wide)
+    for got, want in zip(gradients(given(conv, options), 5)(*arrays), expected, strict=True):
         assert error(got, want) <= 2e-6
 
 
@@ -312,15 +315,24 @@ def test_gradients_with_one_gate(conv, gate, random):
         assert error(a, want) <= tolerance
 
 
-def test_channels_side_by_side_are_the_same(random, monkeypatch):
-    u, k, gate = normal(random, 2, 20, 8), normal(random, 20, 8), normal(random, 2, 20, 8)
-    all_gradients = gradients(lambda u, k, g: pk.fft_conv(u, k, gate_out=g, implementation="xla"), 3)
-    expected = all_gradients(u, k, gate)
+@pytest.mark.parametrize(
+    ("channels", "part", "loops"), [(8, 4, 0), (7, 3, 0), (24, 3, 2), (17, 3, 2)], ids=str
+)
+def test_channels_in_parts_are_the_same(channels, part, loops, random, monkeypatch):
+    u, gate = normal(random, 2, 20, channels), normal(random, 2, 20, channels, dtype=jnp.bfloat16)
+    k = normal(random, 20, channels)
+
+    def both(u, k, gate):
+        y, vjp = jax.vjp(lambda u, k, g: pk.fft_conv(u, k, gate_out=g, implementation="xla"), u, k, gate)
+        return y, *vjp(u)
+
+    expected = both(u, k, gate)
     monkeypatch.setattr(xla, "MANY", 1)
+    monkeypatch.setattr(xla, "CHANNELS", part)
     jax.clear_caches()
-    text = str(jax.make_jaxpr(all_gradients)(u, k, gate))
-    assert "f32[2,20,2]" in text
-    assert_close(all_gradients(u, k, gate), expected, 1e-6)
+    program = jax.jit(both).lower(u, k, gate).as_text()
+    assert program.count("stablehlo.while") == loops
+    assert_close(both(u, k, gate), expected, 1e-6)
     jax.clear_caches()
 
 
@@ -394,23 +406,51 @@ def test_a_short_kernel_is_one_with_zeros_appended(conv, random):
 # Memory
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_only_arguments_are_saved(gated):
-    def residuals(u, k, before, after):
-        if not gated:
-            return jax.vjp(pk.fft_conv, u, k)[1]
-        return jax.vjp(lambda u, k, i, o: pk.fft_conv(u, k, gate_in=i, gate_out=o), u, k, before, after)[1]
+GATES = [(), ("gate_in",), ("gate_out",), ("gate_in", "gate_out")]
 
-    def saved_bytes(b, length, c=4):
-        u, k = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((b, length, c), (length, c)))
-        leaves = jax.tree.leaves(jax.eval_shape(residuals, u, k, u, u))
+
+def structs(b, length, c, gates=()):
+    """Of a signal, of a kernel as long, and of gates."""
+    signal, kernel = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((b, length, c), (length, c)))
+    return signal, kernel, *(signal for _ in gates)
+
+
+@pytest.mark.parametrize("gates", GATES, ids=str)
+def test_only_arguments_are_saved(gates):
+    def saved(b, length):
+        arguments = structs(b, length, 4, gates)
+        residuals = jax.eval_shape(lambda *arrays: jax.vjp(given(pk.fft_conv, gates), *arrays)[1], *arguments)
+        leaves = jax.tree.leaves(residuals)
+        assert not any(jnp.issubdtype(a.dtype, jnp.complexfloating) for a in leaves)
         return sum(a.size * a.dtype.itemsize for a in leaves)
 
-    signal, kernel = 4 * 512 * 4, 4 * 512 * 4
-    arrays = 3 if gated else 1
-    assert saved_bytes(8, 512) <= 8 * arrays * signal + 2 * kernel
-    assert saved_bytes(16, 512) - saved_bytes(8, 512) == 8 * arrays * signal
-    assert saved_bytes(8, 1024) <= 2 * saved_bytes(8, 512)
+    signals, kernel = (1 + len(gates)) * 4 * 512 * 4, 4 * 512 * 4
+    assert saved(8, 512) <= 8 * signals + 2 * kernel
+    assert saved(16, 512) - saved(8, 512) == 8 * signals
+    assert saved(8, 1024) == 2 * saved(8, 512)
+
+
+def temporaries(conv, *arguments):
+    memory = jax.jit(conv).lower(*arguments).compile().memory_analysis()
+    return memory.temp_size_in_bytes
+
+
+@pytest.mark.parametrize("gates", [(), ("gate_in",)], ids=str)
+def test_memory_grows_with_the_batch_and_the_length(gates):
+    def needed(b, length):
+        of_all = gradients(given(pk.fft_conv, gates), 2 + len(gates))
+        return temporaries(of_all, *structs(b, length, 4, gates))
+
+    signal = 4 * 512 * 4 * 4
+    # Four transforms, of as many complex points as a signal has samples.
+    assert signal < needed(4, 512) <= 8 * signal
+    assert needed(8, 512) <= 2.1 * needed(4, 512)
+    assert needed(4, 1024) <= 2.1 * needed(4, 512)
+
+
+def test_many_channels_share_memory():
+    some, many = (temporaries(pk.fft_conv, *structs(2, 1024, c)) for c in (64, 512))
+    assert many <= 1.5 * some
 
 
 # Transforms
@@ -529,6 +569,7 @@ def test_programs_of_a_grid_do_not_race(random):
         ({"gate_in": (2, 6, 4)}, ValueError, ["`gate_in`", "(2, 6, 3)", "(2, 6, 4)"]),
         ({"gate_out": (2, 3)}, ValueError, ["`gate_out`", "(2, 6, 3)", "(2, 3)"]),
         ({"u": (2, 0, 3)}, ValueError, ["positive", "(2, 0, 3)"]),
+        ({"u": (0, 6, 3)}, ValueError, ["positive", "(0, 6, 3)"]),
         ({"k": (0, 3)}, ValueError, ["positive", "(0, 3)"]),
         ({"spectrum_mask": [True] * 4}, ValueError, ["divide L = 6", "(4,)"]),
         ({"spectrum_mask": [1, 0]}, ValueError, ["booleans", "int64"]),

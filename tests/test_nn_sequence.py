@@ -172,6 +172,29 @@ def test_long_conv_smooths():
     np.testing.assert_allclose(k, np.convolve(taps, np.full(7, 1 / 7), "same"), atol=1e-7)
 
 
+def test_long_conv_smooths_the_spectrum():
+    layer = LongConv(2, length=50, squash=0.0, smooth="frequency", rngs=nnx.Rngs(0))
+    taps, k = np.asarray(layer.taps[...])[0, :, 1], np.asarray(layer.kernel(50))[0, :, 1]
+    weights = np.exp(-((np.arange(7) - 3) ** 2) / 2)
+    np.testing.assert_allclose(
+        k, np.fft.irfft(np.convolve(np.fft.rfft(taps), weights, "same"), 50), atol=1e-7
+    )
+
+
+def test_kernels_of_hyena_are_the_published_function_of_time(random):
+    layer = Hyena(3, length=12, order=3, waves=2, filter_features=5, rngs=nnx.Rngs(0))
+    layer.frequency[...] = jnp.asarray(random.uniform(1, 9, 5), jnp.float32)
+    t = np.linspace(0, 1, 12)[:, None]
+    waves = np.exp(-2j * np.pi * np.arange(12)[:, None] / 12 * np.linspace(1e-4, 1, 2))
+    z = np.hstack([t, np.real(waves), np.imag(waves)])
+    for linear in layer.layers:
+        z = np.sin(np.asarray(layer.frequency[...]) * (z @ linear.kernel[...] + linear.bias[...]))
+    rates = np.linspace(np.log(0.01) / 1.5, np.log(0.01) / 0.3, 3)
+    k = (z @ layer.last.kernel[...]).reshape(12, 2, 3) * (np.exp(-t * np.abs(rates)) + 0.05)[:, None]
+    np.testing.assert_allclose(layer.kernels(12), k.swapaxes(0, 1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(layer.kernels(7), layer.kernels(12)[:, :7], rtol=1e-5, atol=1e-6)
+
+
 def test_hyena_is_its_recurrence(random):
     layer = Hyena(3, length=12, order=3, rngs=nnx.Rngs(0))
     x = jnp.asarray(random.normal(size=(2, 12, 3)), jnp.float32)

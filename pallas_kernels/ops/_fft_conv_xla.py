@@ -12,24 +12,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pallas_kernels.fourier import Gates, Lags
 
-# From so many samples on, channels are cut into so many parts.
-MANY, PARTS = 1 << 20, 4
+# On a CPU, signals of so many elements or more are cut into parts of so many channels, some of them at a time.
+MANY, CHANNELS, PARTS = 1 << 16, 16, 4
 
 
 def convolve(v: jax.Array, h: jax.Array, gates: Gates, *, lags: Lags, transposed: bool) -> jax.Array:
     """The convolution of v (B, L, C) with h (taps, C), or its transpose, in v's dtype."""
 
-    def some_channels(v: jax.Array, h: jax.Array, gates: Gates) -> jax.Array:
+    def of_channels(v: jax.Array, h: jax.Array, gates: Gates) -> jax.Array:
         n = _points(lags.length)
         spectrum = _spectrum(h, lags, n, _accumulator(v.dtype))
         of_v = _transform(_times(v, gates[0]), n)
         y = _back(of_v * (spectrum.conj() if transposed else spectrum), v)
         return _times(y, gates[1]).astype(v.dtype)
 
-    return _side_by_side(some_channels, v, h, gates)
+    return _in_parts(of_channels, v, v, h, gates)
 
 
 def gradients(
@@ -37,7 +38,7 @@ def gradients(
 ) -> tuple[jax.Array, jax.Array, Gates]:
     """The gradients of `convolve` in v, in h and in the gates for the cotangent g; that of h in float32 or wider."""
 
-    def some_channels(v: jax.Array, h: jax.Array, gates: Gates, g: jax.Array) -> Any:
+    def of_channels(v: jax.Array, h: jax.Array, gates: Gates, g: jax.Array) -> Any:
         n, (before, after) = _points(lags.length), gates
         spectrum = _spectrum(h, lags, n, _accumulator(v.dtype))
         of_v, of_g = _transform(_times(v, before), n), _transform(_times(g, after), n)
@@ -48,19 +49,51 @@ def gradients(
         dafter = None if after is None else _times(_back(of_v * spectrum, v), g).astype(after.dtype)
         return _times(dv, before).astype(v.dtype), dh, (dbefore, dafter)
 
-    return _side_by_side(some_channels, v, h, gates, g)
+    return _in_parts(of_channels, (v, h.astype(_accumulator(v.dtype)), gates), v, h, gates, g)
 
 
-def _side_by_side(function: Callable[..., Any], v: jax.Array, *arrays: Any) -> Any:
-    """`function` of some channels at a time, where they are many: XLA runs them beside each other, up to a third faster
-    than one after the other, each pass over memory waiting for the last.
+def _in_parts(function: Callable[..., Any], like: Any, *arrays: Any) -> Any:
+    """`function` of arrays (..., C), on a CPU of a part of the channels at a time.
+
+    XLA computes parts beside each other that don't need each other, where the passes over one part wait for each other.
+    A part is as wide as a line of the cache: wider ones are slower to transpose. Where there are more than PARTS, a
+    loop takes those one after the other, in memory that it uses again.
+
+    like: arrays of the shapes and dtypes of the results.
     """
-    if v.size < MANY or v.shape[-1] % PARTS:
-        return function(v, *arrays)
-    leaves, tree = jax.tree.flatten((v, *arrays))
-    cut = zip(*(jnp.split(a, PARTS, -1) for a in leaves), strict=True)
-    results = [function(*jax.tree.unflatten(tree, part)) for part in cut]
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts, -1), *results)
+    channels = arrays[0].shape[-1]
+    if arrays[0].size < MANY or channels <= CHANNELS:
+        return function(*arrays)
+
+    def side_by_side(*arrays: Any) -> Any:
+        starts = range(0, channels, CHANNELS)
+        parts = [function(*_cut(arrays, i, min(CHANNELS, channels - i))) for i in starts]
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts, -1), *parts)
+
+    def in_steps(*arrays: Any) -> Any:
+        steps = -(-channels // (PARTS * CHANNELS))
+        width = -(-channels // (PARTS * steps))
+
+        def step(i: Any, results: Any) -> Any:
+            # A part that would reach beyond the end is the last one, some of it once more.
+            for start in (width * (PARTS * i + j) for j in range(PARTS)):
+                results = _put(results, function(*_cut(arrays, start, width)), start)
+            return results
+
+        return lax.fori_loop(0, steps, step, like)
+
+    on_cpu = side_by_side if channels <= PARTS * CHANNELS else in_steps
+    return lax.platform_dependent(*arrays, cpu=on_cpu, default=function)
+
+
+def _cut(arrays: Any, start: Any, width: int) -> Any:
+    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, width, a.ndim - 1), arrays)
+
+
+def _put(arrays: Any, parts: Any, start: Any) -> Any:
+    return jax.tree.map(
+        lambda a, part: lax.dynamic_update_slice_in_dim(a, part, start, a.ndim - 1), arrays, parts
+    )
 
 
 def _times(x: jax.Array, gate: jax.Array | None) -> jax.Array:
