@@ -212,7 +212,9 @@ def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradie
 
     def quality(plan: Plan) -> Any:
         if not gradient:
-            return -_cycles(plan, n, blocks, itemsize, factor_itemsize)
+            # Parts are pieces of every block of a factor: they serve to read it once for many tiles of tokens.
+            cheap = plan.part == b2 or plan.tiles > 1
+            return cheap, -_cycles(plan, n, blocks, itemsize, factor_itemsize)
         # Fewer ranks than a matrix unit has rows leave most of it idle, fewer tokens only some.
         full = min(plan.part * t, 256, b2 * t), plan.tokens
         return (*full, -max(PARTS, b2 // plan.part), -plan.part) if plan.tiles == 1 else (*full, plan.part)
