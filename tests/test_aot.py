@@ -175,7 +175,11 @@ def test_vmap_multiplies_the_work(reports: dict[str, aot.Report]) -> None:
 
 def test_xla_around_the_kernel_does_not_stop_the_profile(reports: dict[str, aot.Report]) -> None:
     report = reports["padded by XLA"]
-    assert report.compiled and report.kernels[0].cycles
+    assert report.compiled and report.kernels[0].cycles and report.around_cycles
+
+
+def test_a_program_of_one_kernel_has_nothing_around_it(reports: dict[str, aot.Report]) -> None:
+    assert reports["fine v5e"].around_cycles == 0
 
 
 @pytest.mark.parametrize(

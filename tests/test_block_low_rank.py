@@ -152,14 +152,20 @@ def test_plans_of_blast_on_a_tpu(cores, monkeypatch, random):
     assert_close(got, backward(g)[1:])
 
 
-def test_plans_of_monarch_on_a_tpu(monkeypatch, random):
+@pytest.mark.parametrize("plan", [(1, 1, 3), (1, 3, 3), (2, 1, 3), (2, 3, 3), (1, 1, 1)])
+def test_plans_of_monarch_on_a_tpu(plan, monkeypatch, random):
+    """Ragged tiles of tokens, and programs for some of the blocks; with a scale too."""
     blocks = Blocks(2, 3, 6, 5, 4)
-    x, a, b, g = arrays(random, ((19, 12), (2, 12, 6), (3, 8, 5), (19, 15)))
-    monkeypatch.setattr(tpu_monarch, "_plan", lambda *_, **__: tpu_monarch.Plan(16, 2, 3))
-    expected, backward = jax.vjp(OPERATORS["monarch_matmul"].reference, x, a, b)
-    assert_close(tpu_monarch.multiply(x, a, b, blocks=blocks, interpret=True), expected)
-    got = tpu_monarch.gradients(x, g, a, b, blocks=blocks, dtype=jnp.float32, interpret=True)
-    assert_close(got, backward(g)[1:])
+    x, a, b, g, scale = arrays(random, ((19, 12), (2, 12, 6), (3, 8, 5), (19, 15), (3, 2, 4)))
+    monkeypatch.setattr(tpu_monarch, "_plan", lambda *_, **__: tpu_monarch.Plan(16, 2, *plan))
+    reference = OPERATORS["monarch_matmul"].reference
+    run = functools.partial(tpu_monarch.multiply, blocks=blocks, interpret=True)
+    assert_close(run(x, a, b), reference(x, a, b))
+    assert_close(run(x, a, b, scale.reshape(3, 8)), reference(x, a, b, scale))
+    if plan[1] == 3:
+        _, backward = jax.vjp(reference, x, a, b)
+        got = tpu_monarch.gradients(x, g, a, b, blocks=blocks, dtype=jnp.float32, interpret=True)
+        assert_close(got, backward(g)[1:])
 
 
 # Structure

@@ -1,11 +1,13 @@
 """How products with Monarch matrices run on a TPU.
 
-A program takes a tile of tokens, all input blocks and as many output blocks as VMEM holds. Between the factors tokens
-lie along the lanes, so that ranks that are no multiple of 128 cost nothing, and the ranks of all blocks that an output
-block adds up are stacked into one product.
+Programs for some input blocks each project a tile of tokens, programs for some output blocks each expand what those
+have left in VMEM, so that the factors arrive amid the products; where the factors are small, one program does it all.
+Between the factors tokens lie along the lanes, so that ranks that are no multiple of 128 cost nothing, and the ranks
+of all blocks that an output block adds up are stacked into one product.
 """
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -23,19 +25,27 @@ from pallas_kernels.tpu.tiles import (
     matrix_width,
     oriented,
     rank_first,
+    target,
     token_tiles,
     vmem_budget,
 )
 
+# What a program takes beside its products: one for all blocks, and one for some of them.
+WHOLE_CYCLES, PART_CYCLES = 480, 720
 TOO_LARGE = "the factors of one block of the output don't fit in VMEM"
 
 
 class Plan(NamedTuple):
-    """tokens: of a program, `tiles` times over. outputs: blocks of a program."""
+    """tokens: of a program, `tiles` times over. inputs, outputs: blocks of a program. part: output blocks in a row.
+
+    Programs for the output blocks of a part share what others of that part have projected.
+    """
 
     tokens: int
     tiles: int
+    inputs: int
     outputs: int
+    part: int
 
 
 def multiply(
@@ -45,39 +55,45 @@ def multiply(
     n, dtype = x.shape[0], x.dtype
     b1, b2, p, q, t = blocks
     x, a, b = (loadable(v) for v in (x, a, b))
-    tokens, tiles, jb = _checked_plan(n, blocks, x.dtype.itemsize, a.dtype.itemsize, gradient=False)
+    tokens, tiles, kb, jb, part = _checked_plan(n, blocks, x.dtype.itemsize, a.dtype.itemsize, gradient=False)
     (a, a_features), (b, b_features) = oriented(a), oriented(b)
-    # Either the input or the factors are read more than once.
-    again = (b2 // jb - 1) * x.nbytes < (tiles - 1) * (a.nbytes + b.nbytes)
 
-    def at(index: Any) -> Any:
-        return (lambda j, i: index(i, j)) if again else index
+    # The last program of a tile of tokens that projects is the first that expands.
+    last, steps = b1 // kb - 1, part // jb
 
-    a_spec, b_spec = _specs(blocks, jb, a_features, b_features)
+    def projecting(s: Any) -> Any:
+        return jnp.minimum(s, last)
+
+    def expanding(o: Any, s: Any) -> Any:
+        return o * steps + jnp.maximum(s - last, 0)
+
+    (a_shape, a_index), (b_shape, b_index) = _specs(blocks, kb, jb, part, a_features, b_features)
     specs = [
-        pl.BlockSpec((tokens, b1 * p), at(lambda i, j: (i, 0))),
-        *(
-            factor_spec(shape, at(lambda i, j, index=index: index(j)), jb == b2)
-            for shape, index in (a_spec, b_spec)
-        ),
+        pl.BlockSpec((tokens, kb * p), lambda o, i, s: (i, projecting(s))),
+        factor_spec(a_shape, lambda o, i, s: a_index(projecting(s), o), (kb, part) == (b1, b2)),
+        factor_spec(b_shape, lambda o, i, s: b_index(expanding(o, s)), jb == b2),
     ]
     operands = [x, a, b]
     body = functools.partial(
-        multiply_stacked, blocks=blocks._replace(b2=jb), features=(a_features, b_features)
+        multiply_stacked, blocks=blocks._replace(b2=part), features=(a_features, b_features)
     )
     if scale is None:
-        launched = lambda x, a, b, o: body(x, a, b, None, o)  # noqa: E731
+        launched = lambda x, a, b, *refs: body(x, a, b, None, *refs)  # noqa: E731
     else:
         launched = body
-        operands.append(scale.astype(jnp.float32).reshape(b2, b1 * t, 1))
-        specs.append(pl.BlockSpec((jb, b1 * t, 1), at(lambda i, j: (j, 0, 0))))
+        rows = scale.astype(jnp.float32).reshape(b2 // part, part, b1, t).swapaxes(1, 2)
+        operands.append(rows.reshape(b2 // part, b1, part * t, 1))
+        specs.append(pl.BlockSpec((None, kb, part * t, 1), lambda o, i, s: (o, projecting(s), 0, 0)))
     out = launch(
         launched, *operands,
         platform="tpu", interpret=interpret, name="monarch_matmul",
-        grid=(b2 // jb, tiles) if again else (tiles, b2 // jb),
+        grid=(b2 // part, tiles, last + steps),
         in_specs=specs,
-        out_specs=pl.BlockSpec((tokens, jb * q), at(lambda i, j: (i, j))),
+        out_specs=pl.BlockSpec((tokens, jb * q), lambda o, i, s: (i, expanding(o, s))),
         out_shape=jax.ShapeDtypeStruct((n, b2 * q), x.dtype),
+        # Rows of 16-bit numbers are read in whole tiles.
+        scratch_shapes=[pltpu.VMEM((b1, part, t, tokens), jnp.float32 if t % 16 else x.dtype)],
+        sequential=True,
         vmem_limit_bytes=vmem_budget(),
         work=monarch_work(
             n, blocks, tokens * tiles, itemsize=x.dtype.itemsize, factor_itemsize=a.dtype.itemsize, products=1
@@ -100,12 +116,13 @@ def gradients(
     n = x.shape[0]
     b1, b2, p, q, _ = blocks
     x, g, a, b = (loadable(v) for v in (x, g, a, b))
-    tokens, tiles, jb = _checked_plan(n, blocks, x.dtype.itemsize, a.dtype.itemsize, gradient=True)
+    tokens, tiles, _, jb, _ = _checked_plan(n, blocks, x.dtype.itemsize, a.dtype.itemsize, gradient=True)
     (a, a_features), (b, b_features) = oriented(a), oriented(b)
     dtype = jnp.dtype(jnp.float32 if dtype == jnp.float16 else dtype)
+    (a_shape, a_index), (b_shape, b_index) = _specs(blocks, b1, jb, jb, a_features, b_features)
     factor_specs = [
-        pl.BlockSpec(shape, lambda j, i, index=index: index(j))
-        for shape, index in _specs(blocks, jb, a_features, b_features)
+        pl.BlockSpec(a_shape, lambda j, i: a_index(0, j)),
+        pl.BlockSpec(b_shape, lambda j, i: b_index(j)),
     ]
     body = functools.partial(
         gradients_stacked, blocks=blocks._replace(b2=jb), tokens=n, features=(a_features, b_features)
@@ -137,11 +154,14 @@ def fits(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradien
     return _plan(n, blocks, itemsize, factor_itemsize, gradient=gradient) is not None
 
 
-def _specs(blocks: Blocks, jb: int, a_features: int, b_features: int) -> list[tuple[tuple[int, ...], Any]]:
-    """The shape of the factors' blocks for `jb` output blocks, and their index from that of the output blocks."""
+def _specs(
+    blocks: Blocks, kb: int, jb: int, part: int, a_features: int, b_features: int
+) -> list[tuple[tuple[int, ...], Any]]:
+    """The shapes of the factors' blocks; their index from that of the inputs and the part, and of the outputs."""
     b1, _, p, q, t = blocks
+    ranks = part * t
     return [
-        ((b1, jb * t, p), lambda j: (0, j, 0)) if a_features else ((b1, p, jb * t), lambda j: (0, 0, j)),
+        ((kb, ranks, p), lambda k, o: (k, o, 0)) if a_features else ((kb, p, ranks), lambda k, o: (k, 0, o)),
         ((jb, b1 * t, q) if b_features else (jb, q, b1 * t), lambda j: (j, 0, 0)),
     ]
 
@@ -153,36 +173,75 @@ def _checked_plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *
 
 
 def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradient: bool) -> Plan | None:
-    """As many output blocks a program as a matrix unit needs, then tokens, then output blocks, as fit.
+    """The fewest cycles that fit; for gradients as many output blocks a program as a matrix unit needs, then tokens.
 
     Blocks are whole tiles of registers, unless all of a kind.
     """
     b1, b2, p, q, t = blocks
-    whole = [jb for jb in range(b2, 0, -1) if b2 % jb == 0]
     grain = 16 if rank_first(b2 * t, p) else 128
-    choices = [jb for jb in whole if jb == b2 or (jb * t % grain == jb * q % 128 == 0)]
-    plans = [Plan(*tiles, jb) for tiles in token_tiles(n) for jb in choices]
+
+    def divisors(count: int, width: int) -> list[int]:
+        return [m for m in range(count, 0, -1) if count % m == 0 and (m == count or m * width % 128 == 0)]
+
+    parts = [part for part in divisors(b2, q) if part == b2 or part * t % grain == 0]
+    if gradient:
+        plans = [Plan(*tiles, b1, part, part) for tiles in token_tiles(n) for part in parts]
+    else:
+        large = [(min(size, n), -(-n // size)) for size in (1024, 512) if n > size // 2]
+        tilings = [*large, *token_tiles(n)]
+        plans = [
+            Plan(*tiles, kb, jb, part)
+            for tiles, kb, part in itertools.product(tilings, divisors(b1, p), parts)
+            for jb in divisors(b2, q)
+            if part % jb == 0
+        ]
 
     def fit(plan: Plan) -> bool:
-        tokens, _, jb = plan
-        ranks = b1 * jb * t
-        copies = 1 if jb == b2 and not gradient else 2
-        buffers = 2 * itemsize * tokens * (b1 * p + jb * q) + copies * factor_itemsize * ranks * (p + q)
+        tokens, _, kb, jb, part = plan
         lanes = -(-tokens // 128) * 128
+        buffers = 2 * itemsize * tokens * (kb * p + jb * q) + 8 * tokens * q
         if gradient:
-            buffers += (4 + 2 * factor_itemsize) * ranks * (p + q) + ranks * lanes * itemsize
-        return buffers + ranks * lanes * (4 + itemsize) + 8 * tokens * q <= vmem_budget()
+            ranks = b1 * part * t
+            factors = (4 + 4 * factor_itemsize) * ranks * (p + q)
+            return buffers + factors + ranks * lanes * (4 + 2 * itemsize) <= vmem_budget()
+        a, b = (1 if whole else 2 for whole in ((kb, part) == (b1, b2), jb == b2))
+        factors = factor_itemsize * t * (a * kb * part * p + b * jb * b1 * q)
+        between = b1 * part * -(-t // 16) * 16 * lanes * (4 if t % 16 else itemsize)
+        # The compiler takes some more to keep what registers can't.
+        return buffers + factors + (between + 8 * part * t * lanes) * 9 // 8 <= vmem_budget()
 
-    def quality(plan: Plan) -> tuple[int, ...]:
+    def quality(plan: Plan) -> Any:
+        if not gradient:
+            # Parts are pieces of every block of a factor: they serve to read it once for many tiles of tokens.
+            cheap = plan.part == b2 or plan.tiles > 1
+            return cheap, -_cycles(plan, n, blocks, itemsize, factor_itemsize)
         # Fewer ranks than a matrix unit has rows leave most of it idle, fewer tokens only some.
-        full = min(plan.outputs * t, 256, b2 * t), plan.tokens
-        return (
-            (*full, -max(PARTS, b2 // plan.outputs), -plan.outputs)
-            if plan.tiles == 1
-            else (*full, plan.outputs)
-        )
+        full = min(plan.part * t, 256, b2 * t), plan.tokens
+        return (*full, -max(PARTS, b2 // plan.part), -plan.part) if plan.tiles == 1 else (*full, plan.part)
 
     return max(filter(fit, plans), key=quality, default=None)
+
+
+def _cycles(plan: Plan, n: int, blocks: Blocks, itemsize: int, factor_itemsize: int) -> float:
+    """About what the plan takes: products after the first blocks have come and before the last has gone, or HBM."""
+    tokens, tiles, kb, jb, part = plan
+    b1, b2, p, q, t = blocks
+    tpu, width = target(), matrix_width()
+    parts, programs = b2 // part, b1 // kb + part // jb - 1
+    x, a, b = itemsize * n * b1 * p, *(factor_itemsize * b1 * b2 * t * features for features in (p, q))
+    ends = itemsize * tokens * (kb * p + jb * q) + a * kb // b1 // parts + b * jb // b2
+    # What the next program takes too is not read again.
+    moved = (
+        x * (1 if tiles == 1 and kb == b1 else parts)
+        + a * (1 if kb == b1 else tiles)
+        + b * (1 if jb == part else tiles)
+        + itemsize * n * b2 * q
+    )
+    rounds = -(-tiles * parts // tpu.cores)
+    lanes, inputs, ranks, outputs = (-(-size // width) * width for size in (tokens, p, b1 * t, q))
+    products = rounds * lanes * part * (b1 * t * inputs + ranks * outputs) / tpu.matrix_macs
+    busy = max(products + ends / tpu.hbm_bytes_per_cycle, moved / tpu.cores / tpu.hbm_bytes_per_cycle)
+    return busy + rounds * (WHOLE_CYCLES if parts == programs == 1 else programs * PART_CYCLES)
 
 
 def slower(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int) -> str | None:

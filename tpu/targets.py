@@ -33,6 +33,10 @@ class TPU:
     cores: int = 1
     static_profile: bool = True
 
+    @property
+    def hbm_bytes_per_cycle(self) -> float:
+        return self.hbm_bytes_per_second / self.clock_hz
+
 
 _MIB = 2**20
 _MXU128 = 4 * 128 * 128

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.lowering import tpu_kind
-from pallas_kernels.tpu.targets import TPUS
+from pallas_kernels.tpu.targets import TPU, TPUS
 
 # In how many parts factors come where there is one tile of tokens: all but the first arrive amid the work on others.
 PARTS = 4
@@ -18,6 +18,11 @@ def vmem_bytes() -> int:
     """VMEM of a core of the TPU that a program is traced for, as far as JAX says; else what every TPU since v4 has."""
     sizes = {tpu.device_kind: tpu.vmem_bytes for tpu in TPUS.values()}
     return sizes.get(tpu_kind() or "", min(sizes.values()))
+
+
+def target() -> TPU:
+    """The TPU that a program is traced for, as for `vmem_bytes`; else v5e."""
+    return next((tpu for tpu in TPUS.values() if tpu.device_kind == tpu_kind()), TPUS["v5e"])
 
 
 def vmem_budget() -> int:

@@ -64,7 +64,7 @@ class Report:
     compiled: whether it would run there, as far as a compiler can tell.
     error: why not.
     kernels: one for each Pallas kernel that the function needs on the target.
-    around_cycles: on a TPU, XLA's estimate for all else in the program; None if it gives none.
+    around_cycles: on a TPU, XLA's estimate for all else in the program, 0 if there is nothing; None if it gives none.
     compiler: the package that compiled it, and its version.
     """
 

@@ -91,16 +91,21 @@ def _tpu(task: Task, directory: str) -> Task:
     vmem = re.findall(
         r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"', text
     )
-    # An instruction may go over several lines.
-    instructions = re.split(r"\n(?=  \S)", text)
+    # An instruction may go over several lines; before the first stands the head of the module.
+    instructions = [i for i in re.split(r"\n(?=  \S)", text)[1:] if not _FREE.search(i)]
     kernels = [i for i in instructions if "tpu_custom_call" in i]
+    around = [i for i in instructions if i not in kernels]
     return {
         "code_bytes": compiled.memory_analysis().generated_code_size_in_bytes,
         "memory_bytes": max(map(int, vmem), default=None),
         "cycles": _cycles(kernels),
-        "around_cycles": _cycles([i for i in instructions if i not in kernels]),
+        "around_cycles": _cycles(around) if around else 0,
         "bundles": _take_bundles(directory, re.findall(r"%(\S+) = [^\n]*tpu_custom_call", text)),
     }
+
+
+# Instructions for which nothing runs.
+_FREE = re.compile(r" (?:parameter|constant|bitcast|tuple|get-tuple-element)\(")
 
 
 def _cycles(instructions: list[str]) -> int | None:

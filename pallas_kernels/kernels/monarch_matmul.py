@@ -32,28 +32,40 @@ def exact(x: jax.Array) -> lax.Precision | None:
 
 
 def multiply_stacked(
-    x_ref: Any,
-    a_ref: Any,
-    b_ref: Any,
-    scale_ref: Any,
-    o_ref: Any,
-    *,
-    blocks: Blocks,
+    x_ref: Any, a_ref: Any, b_ref: Any, scale_ref: Any, o_ref: Any, y_ref: Any, *, blocks: Blocks,
     features: tuple[int, int],
-) -> None:
-    """x (n, b1 p), a (b1, b2 t, p), b (b2, b1 t, q), scale (b2, b1 t, 1) or None -> o (n, b2 q).
+) -> None:  # fmt: skip
+    """x (n, k p), a (k, b2 t, p), b (j, b1 t, q), scale (k, b2 t, 1) or None -> o (n, j q).
+
+    Programs for k input blocks each leave their ranks in y_ref (b1, b2, t, n), where those for j output blocks find
+    them; the last of the former is the first of the latter.
 
     features: the axis of p in the blocks of a, and of q in those of b, which may be transposed.
     """
-    b1, b2, p, q, _ = blocks
-    dtype = x_ref.dtype
-    ys = [dot(a_ref[k].astype(dtype), x_ref[:, k * p : (k + 1) * p], features[0], 1) for k in range(b1)]
-    for j in range(b2):
-        y = _of_block(ys, j, b2)
-        if scale_ref is not None:
-            y = y * scale_ref[j]
-        out = dot(y.astype(dtype), b_ref[j].astype(dtype), 0, 1 - features[1])
-        o_ref[:, j * q : (j + 1) * q] = out.astype(o_ref.dtype)
+    b1, b2, p, q, t = blocks
+    dtype, inputs, outputs = x_ref.dtype, len(a_ref), len(b_ref)
+    step, last = pl.program_id(2), b1 // inputs - 1
+
+    def project() -> None:
+        for k in range(inputs):
+            y = dot(a_ref[k].astype(dtype), x_ref[:, k * p : (k + 1) * p], features[0], 1)
+            if scale_ref is not None:
+                y = y * scale_ref[k]
+            for j in range(b2):
+                y_ref[step * inputs + k, j] = y[j * t : (j + 1) * t].astype(y_ref.dtype)
+
+    def expand() -> None:
+        for j in range(outputs):
+            y = jnp.concatenate([y_ref[k, (step - last) * outputs + j] for k in range(b1)], 0)
+            out = dot(y.astype(dtype), b_ref[j].astype(dtype), 0, 1 - features[1])
+            o_ref[:, j * q : (j + 1) * q] = out.astype(o_ref.dtype)
+
+    if inputs == b1 and outputs == b2:
+        project()
+        expand()
+    else:
+        pl.when(step <= last)(project)
+        pl.when(step >= last)(expand)
 
 
 def gradients_stacked(
