@@ -221,7 +221,7 @@ def _judge(kernel: Kernel, reply: Task, target: Target) -> KernelReport:
 
 
 def _roofline(work: Work, peak_flops: float, cycles: int | None, tpu: TPU) -> dict[str, Any]:
-    transfer = work.bytes / (tpu.cores * tpu.hbm_bytes_per_second) * tpu.clock_hz
+    transfer = work.bytes / (tpu.cores * tpu.hbm_bytes_per_cycle)
     bound = max(work.flops / peak_flops, transfer)
     bounds = {"bound_cycles": bound, "bound_seconds": bound / tpu.clock_hz}
     if cycles is None:
