@@ -207,6 +207,8 @@ def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradie
         a, b = (1 if whole else 2 for whole in ((kb, part) == (b1, b2), jb == b2))
         factors = factor_itemsize * t * (a * kb * part * p + b * jb * b1 * q)
         between = b1 * part * -(-t // 16) * 16 * lanes * (4 if t % 16 else itemsize)
+        # Results that start amid the lanes are shifted there.
+        buffers += 8 * tokens * q * (q % 128 > 0)
         # The compiler takes some more to keep what registers can't.
         return buffers + factors + (between + 8 * part * t * lanes) * 9 // 8 <= vmem_budget()
 
