@@ -1,6 +1,6 @@
 """How depthwise convolution runs on an NVIDIA GPU.
 
-Slabs are (images, channels) with an element for every thread of a program, read where they lie in (batch, height,
+Slabs are (images, channels) with 4 bytes for every thread of a program, read where they lie in (batch, height,
 width, channels). A program computes one row of the image, a tile of its columns at a time in registers; taps in the
 padding are skipped, so nothing is padded but channels that no block divides.
 """
@@ -33,9 +33,9 @@ class Plan(NamedTuple):
     channels: int
     strips: Strips
 
-    @property
-    def num_warps(self) -> int:
-        return max(1, self.images * self.channels // 32)
+    def num_warps(self, itemsize: int) -> int:
+        """Threads of 4 bytes each, of which a warp reads a whole line of memory."""
+        return max(1, self.images * self.channels * itemsize // 128)
 
 
 def convolve(
@@ -87,7 +87,7 @@ def convolve(
             lambda i, c: (*slab_and_block(i), 0, c),
         ),
         out_shape=jax.ShapeDtypeStruct((count, blocks * rows.period, strips.size, lanes), x.dtype),
-        num_warps=plan.num_warps,
+        num_warps=plan.num_warps(x.dtype.itemsize),
         work=_work(n, c, rows.axis, plan, pieces, x.nbytes + n * rows.targets * cols.targets * c * x.dtype.itemsize),
     )  # fmt: skip
     out = out[: n * strips.count, : rows.targets, :, :c].reshape(
@@ -139,7 +139,7 @@ def weight_gradient(
         in_specs=[spec(pieces), spec(cotangents)],
         out_specs=pl.BlockSpec((1, cols.kernel, plan.channels), lambda i, c: (i, 0, c)),
         out_shape=jax.ShapeDtypeStruct((parts * rows.kernel, cols.kernel, lanes), jnp.float32),
-        num_warps=plan.num_warps,
+        num_warps=plan.num_warps(x.dtype.itemsize),
         work=_work(n, c, rows, plan, pieces, x.nbytes + g.nbytes),
     )  # fmt: skip
     return partial_sums.reshape(parts, rows.kernel, cols.kernel, lanes)[..., :c].sum(0)
