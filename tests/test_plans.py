@@ -11,6 +11,7 @@ import pytest
 from pallas_kernels.gpu import depthwise_conv as gpu
 from pallas_kernels.ops.depthwise_conv import reference
 from pallas_kernels.tpu import depthwise_conv as tpu
+from pallas_kernels.tpu.tiles import vmem_budget
 from pallas_kernels.windows import Axis, Blocks, Gather, Strips
 
 # (images, rows, columns, channels), (kernel), stride
@@ -91,6 +92,36 @@ def test_tpu_groups_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_near(results(tpu, axes, x, w, g), expected(x, w, g, *geometry[1:]))
 
 
+@pytest.mark.parametrize("kernel, stride", [((3, 3), 1), ((2, 3), 2)], ids=str)
+@pytest.mark.parametrize(
+    "places, fold, channels, block",
+    [
+        ("batch", 1, 256, 99),
+        ("batch", 2, 64, 2),
+        ("batch", 3, 48, 99),
+        ("images", 1, 200, 99),
+        ("images", 2, 160, 99),
+        ("strips", 2, 160, 2),
+        ("strips", 4, 40, 99),
+    ],
+)
+def test_tpu_steps(
+    monkeypatch: pytest.MonkeyPatch,
+    places: Any, fold: int, channels: int, block: int, kernel: tuple[int, int], stride: int,
+) -> None:  # fmt: skip
+    """Lanes one group after the other, each as soon as the images that share it have come."""
+
+    def plan(n: int, c: int, itemsize: int, rows: Gather, cols: Gather, *, gradient: bool) -> tpu.Plan:
+        blocks, pieces = Blocks(rows, min(rows.targets, block * rows.period)), Strips(cols, cols.targets)
+        size = -(-cols.targets // (8 * cols.period)) * cols.period
+        strips = Strips(cols, size) if places == "strips" else pieces
+        return tpu.Plan(blocks, places, pieces, strips, lanes=-(-fold * c // 128), steps=True, fold=fold)
+
+    monkeypatch.setattr(tpu, "_plan", plan)
+    axes, x, w, g = arrays((19, 5, 6, channels), kernel, stride)
+    assert_near(results(tpu, axes, x, w, g), expected(x, w, g, kernel, stride))
+
+
 def test_tpu_kernel_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that fits no plan runs as two."""
     search = tpu._plan
@@ -153,8 +184,8 @@ def planned(shape: tuple[int, ...], kernel: int, gradient: bool) -> tpu.Plan:
 @pytest.mark.parametrize("gradient", [False, True])
 def test_tpu_plans_fit(shape: tuple[int, ...], kernel: int, gradient: bool) -> None:
     plan, c = planned(shape, kernel, gradient), shape[-1]
-    assert tpu._vmem_bytes(plan, c, 4, gradient) <= tpu.VMEM_BYTES
-    assert plan.lanes * tpu._program(plan.blocks, plan.strips, plan.unroll, gradient)[0] <= tpu.CODE_BUDGET
+    assert tpu._vmem_bytes(plan, c, 4, gradient) <= vmem_budget()
+    assert plan.copies * tpu._program(plan.blocks, plan.strips, plan.unroll, gradient)[0] <= tpu.CODE_BUDGET
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Where the slabs of a depthwise convolution lie in the blocks of a TPU's program, and how they are gathered there."""
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,6 +20,36 @@ ROWS = 4
 Places = Literal["batch", "images", "strips"]
 
 
+class Schedule(NamedTuple):
+    """What the steps of a program are for. Block i of its images is gathered at step i.
+
+    convolved: the step of each group of lanes, when all of its images have come.
+    put_back: the step of each block of images, when all of its lanes are convolved.
+    """
+
+    convolved: tuple[int, ...]
+    put_back: tuple[int, ...]
+
+    @property
+    def steps(self) -> int:
+        return self.put_back[-1] + 1
+
+    def convolves(self, step: Any) -> Any:
+        """Whether a step is for any lanes."""
+        idle = set(range(self.steps)).difference(self.convolved)
+        return functools.reduce(jnp.logical_and, [step != i for i in idle], True)
+
+    def groups(self, step: Any) -> Sequence[Any]:
+        """The groups of lanes that a step is for."""
+        in_turn = self.convolved[-1] > 0
+        return [_passed(step, self.convolved)] if in_turn else range(len(self.convolved))
+
+
+def _passed(step: Any, steps: Sequence[int]) -> Any:
+    """How many of the steps, of all but the last, come before this one."""
+    return sum((step > i).astype(jnp.int32) for i in steps[:-1])
+
+
 class Plan(NamedTuple):
     """How a launch cuts its arrays.
 
@@ -28,7 +59,9 @@ class Plan(NamedTuple):
     pieces: of wide images, cut by XLA, each of which counts as an image.
     strips: the columns of a place; those of a piece, unless the places are strips.
     lanes: groups of 128 lanes in a program.
-    groups: of 8 images in a program, where images are summed over.
+    steps: whether those are steps of the grid, which share the code and what was gathered, or all stand in the code.
+    fold: blocks of images whose channels lie side by side in those lanes, and which come and go one a step.
+    groups: of 8 images in a block, where images are summed over.
     unroll: rows, of the kernel or of pixels, in one iteration of the inner loop.
     """
 
@@ -37,26 +70,51 @@ class Plan(NamedTuple):
     pieces: Strips
     strips: Strips
     lanes: int = 1
+    steps: bool = False
+    fold: int = 1
     groups: int = 1
     unroll: int = 1
 
     @property
     def images(self) -> int:
-        """Images in a program."""
+        """Images in a block."""
         return 1 if self.places == "strips" else IMAGES * self.groups
+
+    @property
+    def batch(self) -> int:
+        """Images in a program."""
+        return self.images * self.fold
+
+    @property
+    def copies(self) -> int:
+        """How often the code of a group of lanes stands in a program."""
+        return 1 if self.steps else self.lanes
 
     def channels(self, c: int) -> int:
         """Channels in a program: all, or as many as its lanes hold."""
-        return min(c, LANES * self.lanes)
+        return c if self.fold > 1 else min(c, LANES * self.lanes)
 
     def ordered(self, height: Any, width: Any, images: Any, channels: Any) -> tuple[Any, ...]:
         """The dimensions of an array, as the launch has them."""
         batch = self.places == "batch"
         return (height, width, images, channels) if batch else (images, height, width, channels)
 
+    def schedule(self, c: int) -> Schedule:
+        channels, step = self.channels(c), -1
+        convolved, put_back = [], []
+        for group in range(self.lanes):
+            images = min(self.fold, -(-(group + 1) * LANES // channels))
+            step = max(step + 1, images - 1) if self.steps else 0
+            convolved.append(step)
+        step = -1
+        for image in range(1, self.fold + 1):
+            step = max(step + 1, convolved[(image * channels - 1) // LANES])
+            put_back.append(step)
+        return Schedule(tuple(convolved), tuple(put_back))
+
     def programs(self, n: int, c: int) -> tuple[int, int]:
         """How many programs share the images, and the channels."""
-        return -(-n * self.pieces.count // self.images), -(-c // self.channels(c))
+        return -(-n * self.pieces.count // self.batch), -(-c // self.channels(c))
 
     def slabs(self, n: int, c: int) -> int:
         """How many slabs hold a pixel of every image and channel."""
@@ -83,17 +141,21 @@ class Slabs(NamedTuple):
     step: int = 0
     size: int = 0
 
-    def spec(self, blocks: Blocks | None = None) -> pl.BlockSpec:
-        """Equal blocks of rows, or the overlapping windows of `blocks`: Pallas wants all in elements then."""
+    def spec(self, steps: Sequence[int], blocks: Blocks | None = None) -> pl.BlockSpec:
+        """Equal blocks of rows, or the overlapping windows of `blocks`: Pallas wants all in elements then.
+
+        steps: the last one for each block of images.
+        """
         order, channels = self.plan.ordered, self.channels
         shape = self.rows, self.columns, self.plan.images, channels
+        block = lambda s, t: s * self.plan.fold + _passed(t, steps)  # noqa: E731
         if blocks is None or blocks.count == 1:
-            return pl.BlockSpec(order(*shape), lambda s, c, b: order(b, 0, s, c))
+            return pl.BlockSpec(order(*shape), lambda s, c, b, t: order(b, 0, block(s, t), c))
         # Mosaic must see that channels start at a multiple of the lanes.
         step = channels if channels % LANES == 0 else 0
         return pl.BlockSpec(
             order(*map(pl.Element, shape)),
-            lambda s, c, b: order(blocks.start(b), 0, s * self.plan.images, c * step),
+            lambda s, c, b, t: order(blocks.start(b), 0, block(s, t) * self.plan.images, c * step),
         )
 
     @property
@@ -114,32 +176,29 @@ class Slabs(NamedTuple):
         tile = IMAGES * 4 // itemsize
         return itemsize * math.prod(leading) * -(-second // tile) * tile * -(-minor // LANES) * LANES
 
-    def gather(self, ref: Any, scratch: Sequence[Any]) -> Any:
-        """What holds the slabs: the block, or the first scratch, filled."""
-        if not self.copied:
-            return ref
-        slabs = scratch[0]
+    def gather(self, block: int, ref: Any, slabs: Any) -> None:
+        """Fill the lanes of a block of images, unless the slabs are the block."""
 
         def gather_row(row: Any) -> None:
             values = self._turned(ref[self._row(row)].astype(jnp.float32))
-            for group, lanes in enumerate(self._lanes()):
+            for group, lanes, channels in self._parts(block):
                 for lo, hi in ((0, self.start), ((self.start + self.columns) // 8 * 8, self.size)):
                     if lo < hi:
-                        slabs[self._in_row(group, row, lo, hi)] = jnp.zeros((hi - lo, LANES), jnp.float32)
-                slabs[self._columns(group, row, lanes)] = values[..., lanes]
+                        zeros = jnp.zeros((hi - lo, lanes.stop - lanes.start), jnp.float32)
+                        slabs[self._in_row(group, row, lo, hi), lanes] = zeros
+                slabs[self._columns(group, row, lanes)] = values[..., channels]
 
         self._each_row(gather_row)
-        return slabs
 
-    def put_back(self, slabs: Any, ref: Any) -> None:
+    def put_back(self, block: int, slabs: Any, ref: Any) -> None:
         def put_row(row: Any) -> None:
-            values = [slabs[self._columns(group, row, lanes)] for group, lanes in enumerate(self._lanes())]
+            values = [slabs[self._columns(group, row, lanes)] for group, lanes, _ in self._parts(block)]
             value = jnp.concatenate(values, -1) if len(values) > 1 else values[0]
             ref[self._row(row)] = self._turned(value).astype(ref.dtype)
 
         self._each_row(put_row)
 
-    def of(self, slabs: Any, group: int) -> "Pixels":
+    def of(self, slabs: Any, group: Any) -> "Pixels":
         """The slabs of a group of lanes."""
 
         def at(row: Any, column: Any, images: Any) -> tuple[Any, ...]:
@@ -148,17 +207,17 @@ class Slabs(NamedTuple):
                 return (pl.ds(first, IMAGES, stride=self.step),)
             first = images * IMAGES if isinstance(images, int) else pl.multiple_of(images * IMAGES, IMAGES)
             slab = row, column, pl.ds(first, IMAGES)
-            return (group, *slab) if self.copied else (*slab, self._lanes()[group])
+            return (group, *slab) if self.copied else (*slab, self._group(group))
 
         return Pixels(slabs, at)
 
-    def slab(self, group: int) -> Slab:
-        lanes = slice(group * LANES, (group + 1) * LANES) if self.copied else self._lanes()[group]
-        shape = IMAGES, lanes.stop - lanes.start
-        return Slab(shape, lambda *at: at, channels=lanes, groups=self.plan.groups)
+    def slab(self, group: Any) -> Slab:
+        lanes = self._group(group)
+        return Slab((IMAGES, lanes.size), lambda *at: at, channels=lanes, groups=self.plan.groups)
 
     def _each_row(self, step: Callable[[Any], None]) -> None:
-        loop(0, self.rows, ROWS, lambda row, _: step(row), None)
+        if self.copied:
+            loop(0, self.rows, ROWS, lambda row, _: step(row), None)
 
     def _row(self, row: Any) -> tuple[Any, ...]:
         """A row in the block."""
@@ -169,7 +228,6 @@ class Slabs(NamedTuple):
 
     def _columns(self, group: int, row: Any, lanes: slice) -> tuple[Any, ...]:
         """The same row in scratch."""
-        lanes = slice(0, lanes.stop - lanes.start)
         if self.step:
             return self._in_row(group, row, self.start, self.start + self.columns), lanes
         return group, row, slice(None), slice(None), lanes
@@ -178,8 +236,18 @@ class Slabs(NamedTuple):
         first = (group * self.rows + row) * self.size + lo
         return pl.ds(first if isinstance(first, int) else pl.multiple_of(first, 8), hi - lo)
 
-    def _lanes(self) -> list[slice]:
-        return [slice(lo, min(lo + LANES, self.channels)) for lo in range(0, self.channels, LANES)]
+    def _parts(self, block: int) -> Iterator[tuple[int, slice, slice]]:
+        """(group, lanes of it, channels) for what a block of images has of each group of lanes."""
+        first, last = block * self.channels, (block + 1) * self.channels
+        for group in range(first // LANES, -(-last // LANES)):
+            lo, hi = max(first, group * LANES), min(last, (group + 1) * LANES)
+            yield group, slice(lo - group * LANES, hi - group * LANES), slice(lo - first, hi - first)
+
+    def _group(self, group: Any) -> Any:
+        """The lanes of a group, in a program's weights and in blocks that aren't copied."""
+        if not isinstance(group, int):
+            return pl.ds(pl.multiple_of(group * LANES, LANES), LANES)
+        return pl.ds(group * LANES, LANES if self.copied else min(LANES, self.channels - group * LANES))
 
 
 class Pixels(NamedTuple):
@@ -205,7 +273,8 @@ def slabs_of(plan: Plan, c: int, itemsize: int, *, targets: bool, written: bool 
     rows, columns = (blocks.size, pieces.size) if targets else (blocks.window, pieces.window)
     if plan.places != "strips":
         # A block's narrow pixels can be written from registers, but not be read by every tap.
-        copied = plan.places == "images" or (itemsize < 4 and (not written or c % LANES > 0))
+        narrow = itemsize < 4 and (not written or c % LANES > 0)
+        copied = plan.places == "images" or plan.fold > 1 or narrow
         return Slabs(plan, channels, rows, columns, copied)
     first, reach, step = 0, strips.size, strips.size
     if not targets:

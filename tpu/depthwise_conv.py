@@ -18,10 +18,11 @@ from jax.experimental import pallas as pl
 from pallas_kernels.kernels.depthwise_conv import correlate, correlate_gradient
 from pallas_kernels.lowering import Work, launch
 from pallas_kernels.tpu._depthwise_conv_slabs import IMAGES, LANES, Places, Plan, Slabs, slabs_of
+from pallas_kernels.tpu.tiles import vmem_budget
 from pallas_kernels.windows import Axis, Blocks, Gather, Strips
 
-# What every TPU since v4 has, less what the compiler keeps for itself.
-VMEM_BYTES = 14 << 20
+# VMEM that the compiler needs for itself.
+COMPILER_BYTES = 2 << 20
 # Multiply-adds in the code of a program, all unrolled: what compiles within seconds.
 CODE_BUDGET = 14_500
 # Columns, of the image or of the kernel, that are always accumulated together; and how many registers hold columns of
@@ -29,16 +30,18 @@ CODE_BUDGET = 14_500
 TILE, REGISTERS = 14, 41
 # Groups of images in one iteration of the loop over them.
 GROUPS = 4
+# How many blocks of images may share the lanes.
+FOLDS = 2, 3, 4, 5, 8, 16
 # From this many equal rows on, a loop over them with all taps unrolled beats a loop over the taps of each.
 EQUAL_ROWS = 4
 # Cycles, measured on v5e: to start a program, to start an iteration of a loop, to reduce one sum over the images, to
-# gather a register of pixels or put it back; to fetch the code of a multiply-add.
-PROGRAM, ITERATION, REDUCTION, GATHERING, CODE = 250, 12, 6, 2, 0.3
+# gather a register of pixels or put it back, and if it is folded; to fetch the code of a multiply-add.
+PROGRAM, ITERATION, REDUCTION, GATHERING, FOLDING, CODE = 250, 12, 6, 2, 4, 0.3
 # Cycles, as XLA estimates them, to copy a register of pixels from the layout that it gives an array to the one that
 # the kernel reads, to pad its channels, and to do more than that.
 TRANSPOSITION, PADDING, REGROUPING = 16, 22, 150
-# Multiply-adds of registers, and bytes from HBM, in a cycle.
-MULTIPLY_ADDS, BANDWIDTH = 2 * 0.96, 545
+# Multiply-adds of registers, and bytes from HBM, in a cycle; what a load adds to the time of the multiply-adds.
+MULTIPLY_ADDS, BANDWIDTH, LOAD = 2, 545, 0.16
 
 
 def convolve(
@@ -67,37 +70,43 @@ def convolve(
         return functools.reduce(jnp.add, parts).astype(dtype)
     blocks, columns = plan.blocks, plan.strips.columns
     sources, targets = _sides(plan, c, x.dtype.itemsize, gradient=False)
-    weights = [_to_lanes(a, sources) for a in (w, *([] if bias is None else [bias[None]]))]
+    schedule, come = plan.schedule(c), range(plan.fold)
+    weights = [_to_lanes(a, plan, sources) for a in (w, *([] if bias is None else [bias[None]]))]
 
     def body(x_ref: Any, w_ref: Any, *refs: Any) -> None:
         b_ref, o_ref, *scratch = refs if bias is not None else (None, *refs)
-        x_slabs = sources.gather(x_ref, scratch)
+        x_slabs = scratch[0] if sources.copied else x_ref
         o_slabs = scratch[-1] if targets.copied else o_ref
+        step = pl.program_id(3) if plan.steps else 0
+        for block in come:
+            pl.when(step == block)(functools.partial(sources.gather, block, x_ref, x_slabs))
 
-        def block_of_kind(block: int) -> None:
-            for group in range(plan.lanes):
+        def rows_of_kind(first: int) -> None:
+            for group in schedule.groups(step):
                 correlate(
                     sources.of(x_slabs, group), w_ref, b_ref, targets.of(o_slabs, group),
-                    slab=sources.slab(group), rows=blocks.rows(block), cols=columns,
+                    slab=sources.slab(group), rows=blocks.rows(first), cols=columns,
                     tile=_tile(plan.strips, gradient=False), unroll=plan.unroll, unrolled_rows=EQUAL_ROWS,
                     rows_at_once=_rows_at_once(plan.strips),
                 )  # fmt: skip
 
-        _each_kind(blocks, block_of_kind)
-        if targets.copied:
-            targets.put_back(o_slabs, o_ref)
+        each_kind = functools.partial(_each_kind, blocks, pl.program_id(2), rows_of_kind)
+        pl.when(schedule.convolves(step))(each_kind)
+        for block, last in enumerate(schedule.put_back):
+            pl.when(step == last)(functools.partial(targets.put_back, block, o_slabs, o_ref))
 
     nbytes = x.nbytes + n * rows.targets * cols.targets * c * dtype.itemsize + w.nbytes
     images, channels = plan.programs(n, c)
-    sizes = rows.targets, plan.pieces.size, images * plan.images, channels * plan.channels(c)
+    sizes = rows.targets, plan.pieces.size, images * plan.batch, channels * plan.channels(c)
     out = launch(
         body, _arrange(x, plan), *weights,
         platform="tpu", interpret=interpret, name="depthwise_conv" + "_input_gradient" * rows.transposed,
-        grid=(images, channels, blocks.count),
-        in_specs=[sources.spec(blocks), *(_whole_spec(a, sources) for a in weights)],
-        out_specs=targets.spec(),
+        grid=(images, channels, blocks.count, schedule.steps),
+        in_specs=[sources.spec(come, blocks), *(_whole_spec(a, sources) for a in weights)],
+        out_specs=targets.spec(schedule.put_back),
         out_shape=jax.ShapeDtypeStruct(plan.ordered(*sizes), _loadable(dtype)),
         scratch_shapes=[*sources.scratch, *targets.scratch],
+        sequential=plan.steps, vmem_limit_bytes=vmem_budget() + COMPILER_BYTES,
         work=_work(n, c, plan, nbytes),
     )  # fmt: skip
     return _from_arranged(out, n, c, cols.targets, plan).astype(dtype)
@@ -125,48 +134,62 @@ def weight_gradient(
         )
     blocks, columns = plan.blocks, plan.strips.kernel_columns
     sources, targets = _sides(plan, c, x.dtype.itemsize, gradient=True)
+    schedule, come = plan.schedule(c), range(plan.fold)
     # Reducing the sums over images takes longer than writing them, once for all of the images.
     sums = (rows.kernel, cols.kernel * (IMAGES if plan.groups > 1 else 1))
 
     def body(x_ref: Any, g_ref: Any, o_ref: Any, *scratch: Any) -> None:
-        x_slabs, g_slabs = sources.gather(x_ref, scratch), targets.gather(g_ref, scratch[1:])
+        x_slabs = scratch[0] if sources.copied else x_ref
+        g_slabs = scratch[-1] if targets.copied else g_ref
+        step = pl.program_id(3) if plan.steps else 0
+        for block in come:
+            pl.when(step == block)(functools.partial(sources.gather, block, x_ref, x_slabs))
+            pl.when(step == block)(functools.partial(targets.gather, block, g_ref, g_slabs))
 
-        def block_of_kind(block: int) -> None:
-            for group in range(plan.lanes):
+        def rows_of_kind(first: int) -> None:
+            for group in schedule.groups(step):
                 correlate_gradient(
                     sources.of(x_slabs, group), targets.of(g_slabs, group), o_ref,
-                    slab=sources.slab(group), rows=blocks.kernel_rows(block), cols=columns,
+                    slab=sources.slab(group), rows=blocks.kernel_rows(first), cols=columns,
                     tile=_tile(plan.strips, gradient=True), unroll=plan.unroll, unroll_groups=GROUPS,
                 )  # fmt: skip
 
-        _each_kind(blocks, block_of_kind)
+        each_kind = functools.partial(_each_kind, blocks, pl.program_id(2), rows_of_kind)
+        pl.when(schedule.convolves(step))(each_kind)
 
     images, channels = plan.programs(n, c)
     partial_sums = launch(
         body, _arrange(x, plan), _arrange(g, plan._replace(pieces=plan.pieces.of_targets())),
         platform="tpu", interpret=interpret, name="depthwise_conv_weight_gradient",
-        grid=(images, channels, blocks.count),
-        in_specs=[sources.spec(blocks), targets.spec()],
-        out_specs=pl.BlockSpec((None, *sums, sources.width), lambda s, c, b: (s * blocks.count + b, 0, 0, c)),
+        grid=(images, channels, blocks.count, schedule.steps),
+        in_specs=[sources.spec(come, blocks), targets.spec(come)],
+        out_specs=pl.BlockSpec((None, *sums, sources.width), lambda s, c, b, _: (s * blocks.count + b, 0, 0, c)),
         out_shape=jax.ShapeDtypeStruct((images * blocks.count, *sums, channels * sources.width), jnp.float32),
         scratch_shapes=[*sources.scratch, *targets.scratch],
+        sequential=plan.steps, vmem_limit_bytes=vmem_budget() + COMPILER_BYTES,
         work=_work(n, c, plan, x.nbytes + g.nbytes + rows.kernel * cols.kernel * c * 4),
     )  # fmt: skip
-    total = partial_sums.sum(0)[..., :c]
+    total = partial_sums.sum(0)[..., : plan.fold * c]
     return total.reshape(rows.kernel, cols.kernel, -1, c).sum(2)
 
 
-@functools.lru_cache(maxsize=4096)
 def _plan(n: int, c: int, itemsize: int, rows: Gather, cols: Gather, *, gradient: bool) -> Plan | None:
     """The plan of the fewest estimated cycles whose blocks fit in VMEM; None if no plan does."""
+    return _search(n, c, itemsize, rows, cols, gradient, vmem_budget())
+
+
+@functools.lru_cache(maxsize=4096)
+def _search(
+    n: int, c: int, itemsize: int, rows: Gather, cols: Gather, gradient: bool, vmem: int
+) -> Plan | None:
     costs = (
         (_launch_cycles(n, c, itemsize, plan, gradient), plan)
         for blocks in _block_choices(rows)
         for layout in _layout_choices(n, c, itemsize, blocks, cols)
         if _width(layout.strips, gradient) <= CODE_BUDGET
         for unroll in (1, 2, 4, 64)
-        for plan in _group_choices(n, c, layout._replace(unroll=unroll), gradient)
-        if _vmem_bytes(plan, c, itemsize, gradient) <= VMEM_BYTES
+        for plan in _group_choices(n, c, itemsize, layout._replace(unroll=unroll), gradient)
+        if _vmem_bytes(plan, c, itemsize, gradient) <= vmem
     )
     return min(costs, key=lambda cost: cost[0], default=(0, None))[1]
 
@@ -193,21 +216,36 @@ def _layout_choices(n: int, c: int, itemsize: int, blocks: Blocks, cols: Gather)
                 yield Plan(blocks, kind, pieces, strips)
 
 
-def _group_choices(n: int, c: int, plan: Plan, gradient: bool) -> Iterator[Plan]:
-    """Groups that divide the slabs, or hold all channels, and whose code stays within its budget.
+def _group_choices(n: int, c: int, itemsize: int, plan: Plan, gradient: bool) -> Iterator[Plan]:
+    """Lanes, and groups of images, whose code stays within its budget.
 
     Groups of images are looped over, which only code without another loop can be. All images or none: other blocks
     are not contiguous, and a copy of them takes the DMA engine one more dimension.
     """
     code, _, has_loop = _program(plan.blocks, plan.strips, plan.unroll, gradient)
-    channels = -(-c // LANES)
-    for lanes in range(1, 9):
-        if channels % lanes == 0 and lanes * code <= CODE_BUDGET:
-            choice = plan._replace(lanes=lanes)
+    for choice in _lane_choices(n, c, itemsize, plan, gradient):
+        if choice.copies * code <= CODE_BUDGET:
             yield choice
             images = choice.programs(n, c)[0]
-            if gradient and plan.places == "batch" and not has_loop and images > 1:
+            if gradient and plan.places == "batch" and choice.fold == 1 and not has_loop and images > 1:
                 yield choice._replace(groups=images)
+
+
+def _lane_choices(n: int, c: int, itemsize: int, plan: Plan, gradient: bool) -> Iterator[Plan]:
+    """Lanes that divide those of the channels, or hold all channels of images that are folded.
+
+    Images are folded where that saves registers. Steps of the grid are for lanes that are alike.
+    """
+    whole = -(-c // LANES)
+    for lanes in (part for part in range(1, 9) if whole % part == 0):
+        choice = plan._replace(lanes=lanes)
+        yield choice
+        if lanes > 1 and (c % LANES == 0 or all(s.copied for s in _sides(choice, c, itemsize, gradient))):
+            yield choice._replace(steps=True)
+    for fold in FOLDS:
+        choice = plan._replace(fold=fold, lanes=-(-fold * c // LANES), steps=True)
+        if choice.lanes < fold * whole and n * plan.pieces.count % choice.batch == 0:
+            yield choice
 
 
 def _block_choices(rows: Gather) -> Iterator[Blocks]:
@@ -219,8 +257,11 @@ def _block_choices(rows: Gather) -> Iterator[Blocks]:
 @functools.lru_cache(maxsize=4096)
 def _program(blocks: Blocks, strips: Strips, unroll: int, gradient: bool) -> tuple[int, float, bool]:
     """Multiply-adds in the code for a slab; cycles for all of its blocks; whether the code holds a loop."""
-    tiles = -(-(strips.gather.axis.kernel if gradient else strips.size) // _tile(strips, gradient))
+    kernel = strips.gather.axis.kernel
+    tiles = -(-(kernel if gradient else strips.size) // _tile(strips, gradient))
     width = _width(strips, gradient)
+    loads = strips.window + tiles * (strips.size if gradient else 2 * kernel - 1)
+    row_cycles = width / MULTIPLY_ADDS + LOAD * loads
     code, cycles, has_loop = 0, 0.0, False
     for same, copies, iterations, rows in _loops(blocks, gradient):
         unrolled = unroll if rows == 1 else _rows_at_once(strips)
@@ -229,7 +270,7 @@ def _program(blocks: Blocks, strips: Strips, unroll: int, gradient: bool) -> tup
         code += copies * inline * rows * width
         has_loop |= chunks > 1
         overhead = tiles * ITERATION * (chunks if chunks > 1 else 0)
-        cycles += same * copies * (iterations * rows * width / MULTIPLY_ADDS + overhead)
+        cycles += same * copies * (iterations * rows * row_cycles + overhead)
     return code, cycles, has_loop
 
 
@@ -270,7 +311,9 @@ def _launch_cycles(n: int, c: int, itemsize: int, plan: Plan, gradient: bool) ->
     programs = math.prod(plan.programs(n, c)) * plan.blocks.count
     rows, cols = plan.blocks.gather, plan.strips.gather
     code, cycles, _ = _program(plan.blocks, plan.strips, plan.unroll, gradient)
-    start = PROGRAM + GATHERING * _scratch_bytes(plan, c, itemsize, gradient) / (IMAGES * LANES * 4)
+    copied = sum(side.nbytes(4) for side in _sides(plan, c, itemsize, gradient) if side.copied)
+    gathering = FOLDING * plan.fold if plan.fold > 1 else GATHERING
+    start = PROGRAM * plan.schedule(c).steps + gathering * copied / (IMAGES * LANES * 4)
     if gradient:
         start += REDUCTION * (plan.groups == 1) * plan.lanes * rows.axis.kernel * cols.axis.kernel
         cycles += ITERATION * rows.axis.kernel / GROUPS * (plan.groups > 1)
@@ -280,8 +323,8 @@ def _launch_cycles(n: int, c: int, itemsize: int, plan: Plan, gradient: bool) ->
         rows.sources * cols.sources * _copy_cycles(n, c, cols.sources, plan)
         + rows.targets * cols.targets * _copy_cycles(n, c, cols.targets, plan)
     )
-    once = exposed + CODE * plan.lanes * code + copies
-    return max(plan.slabs(n, c) * cycles + programs * start, programs * exposed) + once
+    once = exposed + CODE * plan.copies * code + copies
+    return max(plan.slabs(n, c) * cycles + programs * start, programs * plan.fold * exposed) + once
 
 
 def _copy_cycles(n: int, c: int, columns: int, plan: Plan) -> float:
@@ -331,7 +374,7 @@ def _arrange(x: jax.Array, plan: Plan) -> jax.Array:
     """The array that the launch reads, filled up to whole programs."""
     x = plan.pieces.cut(x)
     n, *_, c = x.shape
-    x = jnp.pad(x, ((0, -n % plan.images), (0, 0), (0, 0), (0, -c % plan.channels(c))))
+    x = jnp.pad(x, ((0, -n % plan.batch), (0, 0), (0, 0), (0, -c % plan.channels(c))))
     return x.transpose(1, 2, 0, 3) if plan.places == "batch" else x
 
 
@@ -347,19 +390,18 @@ def _loadable(dtype: Any) -> Any:
     return jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
 
 
-def _to_lanes(a: jax.Array, slabs: Slabs) -> jax.Array:
-    """(..., channels) in float32, filled up to the lanes of whole programs."""
-    pads = [(0, 0)] * (a.ndim - 1) + [(0, -a.shape[-1] % slabs.width)]
-    return jnp.pad(a.astype(jnp.float32), pads)
+def _to_lanes(a: jax.Array, plan: Plan, slabs: Slabs) -> jax.Array:
+    """(..., channels) in float32, for every folded image, filled up to the lanes of whole programs."""
+    a = jnp.tile(a.astype(jnp.float32), plan.fold)
+    return jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, -a.shape[-1] % slabs.width)])
 
 
 def _whole_spec(a: jax.Array, slabs: Slabs) -> pl.BlockSpec:
-    return pl.BlockSpec((*a.shape[:-1], slabs.width), lambda s, c, b: (0,) * (a.ndim - 1) + (c,))
+    return pl.BlockSpec((*a.shape[:-1], slabs.width), lambda s, c, b, _: (0,) * (a.ndim - 1) + (c,))
 
 
-def _each_kind(blocks: Blocks, run: Callable[[int], None]) -> None:
-    """Run the code of the kind of block that this program is."""
-    block = pl.program_id(2)
+def _each_kind(blocks: Blocks, block: Any, run: Callable[[int], None]) -> None:
+    """Run the code of the kind that a block is of."""
     for first, same in blocks.kinds().items():
         mine = (block >= same.start) & (block < same.stop)
         pl.when(True if len(same) == blocks.count else mine)(functools.partial(run, first))

@@ -28,7 +28,7 @@ class Slab(NamedTuple):
 
     shape: tuple[int, int]
     at: Callable[[Any, Any, Any], tuple[Any, ...]]
-    channels: slice = slice(None)
+    channels: Any = slice(None)
     groups: int = 1
 
 
