@@ -335,6 +335,15 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert aot.compile(power_everywhere, X, target="sm_80").error == "MemoryError:"
 
 
+def test_what_jaxlib_cannot_read_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    worker = Path(_worker.__file__).read_text()
+    unreadable = 'raise jax.errors.JaxRuntimeError("an async-update of two operands")'
+    (tmp_path / "worker.py").write_text(worker.replace("text = compiled.as_text()", unreadable))
+    monkeypatch.setattr(_worker, "__file__", str(tmp_path / "worker.py"))
+    report = aot.compile(power_everywhere, X, target="v5e", estimate=False)
+    assert report.compiled and report.around_cycles is None
+
+
 @pytest.mark.parametrize(("target", "programs"), [("v5e", 4), ("sm_80", 2)])
 def test_a_child_that_has_grown_is_replaced(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str, programs: int

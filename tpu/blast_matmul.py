@@ -153,10 +153,11 @@ def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradie
         tokens, _, ranks, parts = plan
         lanes = -(-tokens // 128) * 128
         factors = ranks * features * factor_itemsize
-        mixing = math.prod(_matrices(blocks, plan))
-        buffers = 2 * tokens * features * itemsize + mixing * itemsize
+        mixing, s = math.prod(_matrices(blocks, plan)), b1 * b2 * ranks * parts
+        buffers = 2 * tokens * features * itemsize + (mixing + s) * itemsize
         if gradient:
-            buffers += 4 * factors + 4 * ranks * features + 4 * mixing
+            # The gradients of s may be in float32.
+            buffers += 4 * factors + 4 * ranks * features + 4 * mixing + 8 * s
         elif parts == 1:
             buffers += factors
         else:

@@ -252,3 +252,11 @@ def slower(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int) -> str |
     if blocks.b1 == blocks.b2 == 1 and plan is not None and plan.tokens < min(n, matrix_width()):
         return "beside factors that large VMEM holds too few tokens for a matrix unit"
     return None
+
+
+def settled(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays, on 7x computed before all that follows, where XLA would pin more of wide layers than VMEM holds.
+
+    It gives up then. On other TPUs it finds room, and to wait would only take longer.
+    """
+    return jax.lax.optimization_barrier(arrays) if target().name == "7x" else arrays

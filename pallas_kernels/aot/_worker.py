@@ -87,7 +87,12 @@ def _tpu(task: Task, directory: str) -> Task:
     exported = export.deserialize(bytearray(task["exported"]))
     operands = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in exported.in_avals]
     compiled = jax.jit(exported.call, out_shardings=sharding).lower(*operands).compile()
-    text = compiled.as_text()
+    code_bytes = compiled.memory_analysis().generated_code_size_in_bytes
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        # It compiles, but an older jaxlib can't read how libtpu writes some asynchronous copies.
+        return {"code_bytes": code_bytes}
     vmem = re.findall(
         r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"', text
     )
@@ -96,7 +101,7 @@ def _tpu(task: Task, directory: str) -> Task:
     kernels = [i for i in instructions if "tpu_custom_call" in i]
     around = [i for i in instructions if i not in kernels]
     return {
-        "code_bytes": compiled.memory_analysis().generated_code_size_in_bytes,
+        "code_bytes": code_bytes,
         "memory_bytes": max(map(int, vmem), default=None),
         "cycles": _cycles(kernels),
         "around_cycles": _cycles(around) if around else 0,

@@ -191,7 +191,7 @@ def _multiply_in_xla(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array 
 
 
 def _gradients_in_xla(x: jax.Array, g: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    y, dy = _ranks(x, a, len(b)).astype(x.dtype), _ranks(g, b, len(a)).astype(x.dtype)
+    y, dy = tpu.settled(_ranks(x, a, len(b)).astype(x.dtype), _ranks(g, b, len(a)).astype(x.dtype))
     da = jnp.einsum("kjnt,nkp->kjtp", dy, x.reshape(len(x), len(a), -1), **exact(x))
     db = jnp.einsum("jknt,njq->jktq", y, g.reshape(len(g), len(b), -1), **exact(x))
     return da.reshape(a.shape), db.reshape(b.shape)
