@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.kernels.depthwise_conv import correlate, correlate_gradient
 from pallas_kernels.lowering import Work, launch
 from pallas_kernels.tpu._depthwise_conv_slabs import IMAGES, LANES, Places, Plan, Slabs, slabs_of
-from pallas_kernels.tpu.tiles import vmem_budget
+from pallas_kernels.tpu.tiles import cores, vmem_budget
 from pallas_kernels.windows import Axis, Blocks, Gather, Strips
 
 # VMEM that the compiler needs for itself.
@@ -175,15 +175,15 @@ def weight_gradient(
 
 def _plan(n: int, c: int, itemsize: int, rows: Gather, cols: Gather, *, gradient: bool) -> Plan | None:
     """The plan of the fewest estimated cycles whose blocks fit in VMEM; None if no plan does."""
-    return _search(n, c, itemsize, rows, cols, gradient, vmem_budget())
+    return _search(n, c, itemsize, rows, cols, gradient, vmem_budget(), cores())
 
 
 @functools.lru_cache(maxsize=4096)
 def _search(
-    n: int, c: int, itemsize: int, rows: Gather, cols: Gather, gradient: bool, vmem: int
+    n: int, c: int, itemsize: int, rows: Gather, cols: Gather, gradient: bool, vmem: int, cores: int
 ) -> Plan | None:
     costs = (
-        (_launch_cycles(n, c, itemsize, plan, gradient), plan)
+        (_launch_cycles(n, c, itemsize, plan, gradient, cores), plan)
         for blocks in _block_choices(rows)
         for layout in _layout_choices(n, c, itemsize, blocks, cols)
         if _width(layout.strips, gradient) <= CODE_BUDGET
@@ -306,7 +306,7 @@ def _loops(blocks: Blocks, gradient: bool) -> list[tuple[int, int, int, int]]:
     return loops
 
 
-def _launch_cycles(n: int, c: int, itemsize: int, plan: Plan, gradient: bool) -> float:
+def _launch_cycles(n: int, c: int, itemsize: int, plan: Plan, gradient: bool, cores: int) -> float:
     """Arithmetic or memory, whichever takes longer; the first and the last block, which nothing hides; code; copies."""
     programs = math.prod(plan.programs(n, c)) * plan.blocks.count
     rows, cols = plan.blocks.gather, plan.strips.gather
@@ -324,7 +324,9 @@ def _launch_cycles(n: int, c: int, itemsize: int, plan: Plan, gradient: bool) ->
         + rows.targets * cols.targets * _copy_cycles(n, c, cols.targets, plan)
     )
     once = exposed + CODE * plan.copies * code + copies
-    return max(plan.slabs(n, c) * cycles + programs * start, programs * plan.fold * exposed) + once
+    of_one_core = -(-programs // cores) / programs
+    arithmetic = of_one_core * (plan.slabs(n, c) * cycles + programs * start)
+    return max(arithmetic, programs * plan.fold * exposed) + once
 
 
 def _copy_cycles(n: int, c: int, columns: int, plan: Plan) -> float:
