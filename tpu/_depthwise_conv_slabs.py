@@ -100,6 +100,7 @@ class Plan(NamedTuple):
         return (height, width, images, channels) if batch else (images, height, width, channels)
 
     def schedule(self, c: int) -> Schedule:
+        """The earliest step for everything, one group of lanes and one block of images a step; or one step for all."""
         channels, step = self.channels(c), -1
         convolved, put_back = [], []
         for group in range(self.lanes):

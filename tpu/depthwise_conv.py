@@ -2,8 +2,9 @@
 
 Slabs are (8 places, 128 lanes), one vector register, so that rows and columns are plain addresses: any tap, stride or
 dilation is one load, taps in the padding are skipped, and odd heights and widths waste nothing. The places are images
-or strips of one image's columns, channels fill the lanes. XLA would often take longer to transpose or cut arrays like
-that than the kernel does to convolve them, so programs do it themselves, with the block in VMEM.
+or strips of one image's columns, channels fill the lanes, and if they fill them badly, several images share them. XLA
+would often take longer to transpose or cut arrays like that than the kernel does to convolve them, so programs do it
+themselves, with the block in VMEM.
 """
 
 import functools
