@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.blocks import Blocks, blast_work
 from pallas_kernels.kernels.blast_matmul import GROUP, gradients_stacked, multiply_stacked
 from pallas_kernels.lowering import Work, launch
-from pallas_kernels.tpu.tiles import PARTS, cores, factor_spec, loadable, token_tiles, vmem_budget
+from pallas_kernels.tpu.tiles import PARTS, cores, factor_spec, loadable, token_tiles, vmem_budget, vmem_limit
 
 # Rows of bfloat16 in a tile of registers.
 GRAIN = 16
@@ -67,7 +67,7 @@ def multiply(
             *([] if whole else [pltpu.VMEM((tokens, b2 * q), jnp.float32)]),
         ],
         sequential=True,
-        vmem_limit_bytes=vmem_budget(),
+        vmem_limit_bytes=vmem_limit(),
         work=_work(n, plan, blocks, x.dtype.itemsize, v.dtype.itemsize, products=1),
     )  # fmt: skip
     return out.astype(dtype)
@@ -127,7 +127,7 @@ def gradients(
             pltpu.VMEM((b2, ranks, q), jnp.float32),
         ],
         sequential=True,
-        vmem_limit_bytes=vmem_budget(),
+        vmem_limit_bytes=vmem_limit(),
         work=_work(n, plan, blocks, x.dtype.itemsize, v.dtype.itemsize + dtype.itemsize, products=2),
     )  # fmt: skip
     return dv[:, :rank], (jnp.sum(ds, 0) if divided > 1 else ds[0])[..., :rank], du[:, :rank]

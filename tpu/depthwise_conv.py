@@ -19,11 +19,9 @@ from jax.experimental import pallas as pl
 from pallas_kernels.kernels.depthwise_conv import correlate, correlate_gradient
 from pallas_kernels.lowering import Work, launch
 from pallas_kernels.tpu._depthwise_conv_slabs import IMAGES, LANES, Places, Plan, Slabs, slabs_of
-from pallas_kernels.tpu.tiles import cores, vmem_budget
+from pallas_kernels.tpu.tiles import cores, vmem_budget, vmem_limit
 from pallas_kernels.windows import Axis, Blocks, Gather, Strips
 
-# VMEM that the compiler needs for itself.
-COMPILER_BYTES = 2 << 20
 # Multiply-adds in the code of a program, all unrolled: what compiles within seconds.
 CODE_BUDGET = 14_500
 # Columns, of the image or of the kernel, that are always accumulated together; and how many registers hold columns of
@@ -107,7 +105,7 @@ def convolve(
         out_specs=targets.spec(schedule.put_back),
         out_shape=jax.ShapeDtypeStruct(plan.ordered(*sizes), _loadable(dtype)),
         scratch_shapes=[*sources.scratch, *targets.scratch],
-        sequential=plan.steps, vmem_limit_bytes=vmem_budget() + COMPILER_BYTES,
+        sequential=plan.steps, vmem_limit_bytes=vmem_limit(),
         work=_work(n, c, plan, nbytes),
     )  # fmt: skip
     return _from_arranged(out, n, c, cols.targets, plan).astype(dtype)
@@ -167,7 +165,7 @@ def weight_gradient(
         out_specs=pl.BlockSpec((None, *sums, sources.width), lambda s, c, b, _: (s * blocks.count + b, 0, 0, c)),
         out_shape=jax.ShapeDtypeStruct((images * blocks.count, *sums, channels * sources.width), jnp.float32),
         scratch_shapes=[*sources.scratch, *targets.scratch],
-        sequential=plan.steps, vmem_limit_bytes=vmem_budget() + COMPILER_BYTES,
+        sequential=plan.steps, vmem_limit_bytes=vmem_limit(),
         work=_work(n, c, plan, x.nbytes + g.nbytes + rows.kernel * cols.kernel * c * 4),
     )  # fmt: skip
     total = partial_sums.sum(0)[..., : plan.fold * c]

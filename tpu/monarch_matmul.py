@@ -28,6 +28,7 @@ from pallas_kernels.tpu.tiles import (
     target,
     token_tiles,
     vmem_budget,
+    vmem_limit,
 )
 
 # What a program takes beside its products: one for all blocks, and one for some of them.
@@ -94,7 +95,7 @@ def multiply(
         # Rows of 16-bit numbers are read in whole tiles.
         scratch_shapes=[pltpu.VMEM((b1, part, t, tokens), jnp.float32 if t % 16 else x.dtype)],
         sequential=True,
-        vmem_limit_bytes=vmem_budget(),
+        vmem_limit_bytes=vmem_limit(),
         work=monarch_work(
             n, blocks, tokens * tiles, itemsize=x.dtype.itemsize, factor_itemsize=a.dtype.itemsize, products=1
         ),
@@ -140,7 +141,7 @@ def gradients(
         out_shape=[jax.ShapeDtypeStruct(v.shape, dtype) for v in (a, b)],
         scratch_shapes=[pltpu.VMEM(spec.block_shape, jnp.float32) for spec in factor_specs],
         sequential=True,
-        vmem_limit_bytes=vmem_budget(),
+        vmem_limit_bytes=vmem_limit(),
         work=monarch_work(
             n, blocks, tokens * tiles, itemsize=x.dtype.itemsize, factor_itemsize=a.dtype.itemsize + dtype.itemsize,
             products=2,

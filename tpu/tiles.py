@@ -30,6 +30,11 @@ def vmem_budget() -> int:
     return min(vmem_bytes() * 7 // 8, 64 << 20)
 
 
+def vmem_limit() -> int:
+    """What the compiler is told: a plan counts its blocks, not what the compiler needs beside them."""
+    return vmem_budget() + (2 << 20)
+
+
 def cores() -> int:
     """Of the TPU that a program is traced for, as for `vmem_bytes`: those that share a grid's parallel axes."""
     known = {tpu.device_kind: tpu.cores for tpu in TPUS.values()}
