@@ -177,6 +177,12 @@ class Slabs(NamedTuple):
         tile = IMAGES * 4 // itemsize
         return itemsize * math.prod(leading) * -(-second // tile) * tile * -(-minor // LANES) * LANES
 
+    @property
+    def turned_bytes(self) -> int:
+        """Of the rows that the compiler turns at a time, before and after, beside the scratch."""
+        turns = self.copied and self.plan.places == "images"
+        return 2 * ROWS * self.columns * IMAGES * -(-self.channels // LANES) * LANES * 4 * turns
+
     def gather(self, block: int, ref: Any, slabs: Any) -> None:
         """Fill the lanes of a block of images, unless the slabs are the block."""
 

@@ -358,8 +358,11 @@ def _scratch_bytes(plan: Plan, c: int, itemsize: int, gradient: bool) -> int:
 
 
 def _vmem_bytes(plan: Plan, c: int, itemsize: int, gradient: bool) -> int:
-    """Two buffers of every block, and the scratch."""
-    return 2 * _block_bytes(plan, c, itemsize, gradient) + _scratch_bytes(plan, c, itemsize, gradient)
+    """Two buffers of every block, the scratch, and what turns."""
+    turned = sum(side.turned_bytes for side in _sides(plan, c, itemsize, gradient))
+    return (
+        2 * _block_bytes(plan, c, itemsize, gradient) + _scratch_bytes(plan, c, itemsize, gradient) + turned
+    )
 
 
 def _work(n: int, c: int, plan: Plan, nbytes: int) -> Work:
