@@ -51,6 +51,17 @@ def results(accelerator: Any, axes: Any, x: Any, w: Any, g: Any) -> list[jax.Arr
     ]
 
 
+def laid_out(
+    rows: Gather, cols: Gather, places: Any, block: int, piece: int = 99, **options: Any
+) -> tpu.Plan:
+    """A plan of `block` rows and `piece` columns, in periods, or of all if that is less."""
+    blocks = Blocks(rows, min(rows.targets, block * rows.period))
+    pieces = Strips(cols, min(cols.targets, piece * cols.period))
+    periods = -(-pieces.size // cols.period)
+    strips = Strips(cols, -(-periods // 8) * cols.period) if places == "strips" else pieces
+    return tpu.Plan(blocks, places, pieces, strips, **options)
+
+
 def assert_near(got: list[jax.Array], want: list[jax.Array]) -> None:
     for a, b in zip(got, want, strict=True):
         assert a.shape == b.shape
@@ -63,11 +74,7 @@ def test_tpu_plans(monkeypatch: pytest.MonkeyPatch, geometry: Any, numbers: Any)
     places, block, piece, unroll = numbers
 
     def plan(n: int, c: int, itemsize: int, rows: Gather, cols: Gather, *, gradient: bool) -> tpu.Plan:
-        blocks = Blocks(rows, min(rows.targets, block * rows.period))
-        pieces = Strips(cols, min(cols.targets, piece * cols.period))
-        periods = -(-pieces.size // cols.period)
-        strips = Strips(cols, -(-periods // 8) * cols.period) if places == "strips" else pieces
-        plan = tpu.Plan(blocks, places, pieces, strips, unroll=unroll)
+        plan = laid_out(rows, cols, places, block, piece, unroll=unroll)
         groups = gradient and places == "batch" and unroll > 4
         return plan._replace(groups=plan.programs(n, c)[0]) if groups else plan
 
@@ -112,10 +119,7 @@ def test_tpu_steps(
     """Lanes one group after the other, each as soon as the images that share it have come."""
 
     def plan(n: int, c: int, itemsize: int, rows: Gather, cols: Gather, *, gradient: bool) -> tpu.Plan:
-        blocks, pieces = Blocks(rows, min(rows.targets, block * rows.period)), Strips(cols, cols.targets)
-        size = -(-cols.targets // (8 * cols.period)) * cols.period
-        strips = Strips(cols, size) if places == "strips" else pieces
-        return tpu.Plan(blocks, places, pieces, strips, lanes=-(-fold * c // 128), steps=True, fold=fold)
+        return laid_out(rows, cols, places, block, lanes=-(-fold * c // 128), steps=True, fold=fold)
 
     monkeypatch.setattr(tpu, "_plan", plan)
     axes, x, w, g = arrays((19, 5, 6, channels), kernel, stride)
@@ -185,7 +189,7 @@ def planned(shape: tuple[int, ...], kernel: int, gradient: bool) -> tpu.Plan:
 def test_tpu_plans_fit(shape: tuple[int, ...], kernel: int, gradient: bool) -> None:
     plan, c = planned(shape, kernel, gradient), shape[-1]
     assert tpu._vmem_bytes(plan, c, 4, gradient) <= vmem_budget()
-    assert plan.copies * tpu._program(plan.blocks, plan.strips, plan.unroll, gradient)[0] <= tpu.CODE_BUDGET
+    assert plan.repeats * tpu._program(plan.blocks, plan.strips, plan.unroll, gradient)[0] <= tpu.CODE_BUDGET
 
 
 @pytest.mark.parametrize(

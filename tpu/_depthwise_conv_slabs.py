@@ -31,12 +31,13 @@ class Schedule(NamedTuple):
     put_back: tuple[int, ...]
 
     @property
-    def steps(self) -> int:
+    def length(self) -> int:
+        """How many steps there are."""
         return self.put_back[-1] + 1
 
     def convolves(self, step: Any) -> Any:
         """Whether a step is for any lanes."""
-        idle = set(range(self.steps)).difference(self.convolved)
+        idle = set(range(self.length)).difference(self.convolved)
         return functools.reduce(jnp.logical_and, [step != i for i in idle], True)
 
     def groups(self, step: Any) -> Sequence[Any]:
@@ -86,7 +87,7 @@ class Plan(NamedTuple):
         return self.images * self.fold
 
     @property
-    def copies(self) -> int:
+    def repeats(self) -> int:
         """How often the code of a group of lanes stands in a program."""
         return 1 if self.steps else self.lanes
 

@@ -100,7 +100,7 @@ def convolve(
     out = launch(
         body, _arrange(x, plan), *weights,
         platform="tpu", interpret=interpret, name="depthwise_conv" + "_input_gradient" * rows.transposed,
-        grid=(images, channels, blocks.count, schedule.steps),
+        grid=(images, channels, blocks.count, schedule.length),
         in_specs=[sources.spec(come, blocks), *(_whole_spec(a, sources) for a in weights)],
         out_specs=targets.spec(schedule.put_back),
         out_shape=jax.ShapeDtypeStruct(plan.ordered(*sizes), _loadable(dtype)),
@@ -160,7 +160,7 @@ def weight_gradient(
     partial_sums = launch(
         body, _arrange(x, plan), _arrange(g, plan._replace(pieces=plan.pieces.of_targets())),
         platform="tpu", interpret=interpret, name="depthwise_conv_weight_gradient",
-        grid=(images, channels, blocks.count, schedule.steps),
+        grid=(images, channels, blocks.count, schedule.length),
         in_specs=[sources.spec(come, blocks), targets.spec(come)],
         out_specs=pl.BlockSpec((None, *sums, sources.width), lambda s, c, b, _: (s * blocks.count + b, 0, 0, c)),
         out_shape=jax.ShapeDtypeStruct((images * blocks.count, *sums, channels * sources.width), jnp.float32),
@@ -223,7 +223,7 @@ def _group_choices(n: int, c: int, itemsize: int, plan: Plan, gradient: bool) ->
     """
     code, _, has_loop = _program(plan.blocks, plan.strips, plan.unroll, gradient)
     for choice in _lane_choices(n, c, itemsize, plan, gradient):
-        if choice.copies * code <= CODE_BUDGET:
+        if choice.repeats * code <= CODE_BUDGET:
             yield choice
             images = choice.programs(n, c)[0]
             if gradient and plan.places == "batch" and choice.fold == 1 and not has_loop and images > 1:
@@ -312,7 +312,7 @@ def _launch_cycles(n: int, c: int, itemsize: int, plan: Plan, gradient: bool, co
     code, cycles, _ = _program(plan.blocks, plan.strips, plan.unroll, gradient)
     copied = sum(side.nbytes(4) for side in _sides(plan, c, itemsize, gradient) if side.copied)
     gathering = FOLDING * plan.fold if plan.fold > 1 else GATHERING
-    start = PROGRAM * plan.schedule(c).steps + gathering * copied / (IMAGES * LANES * 4)
+    start = PROGRAM * plan.schedule(c).length + gathering * copied / (IMAGES * LANES * 4)
     if gradient:
         start += REDUCTION * (plan.groups == 1) * plan.lanes * rows.axis.kernel * cols.axis.kernel
         cycles += ITERATION * rows.axis.kernel / GROUPS * (plan.groups > 1)
@@ -322,7 +322,7 @@ def _launch_cycles(n: int, c: int, itemsize: int, plan: Plan, gradient: bool, co
         rows.sources * cols.sources * _copy_cycles(n, c, cols.sources, plan)
         + rows.targets * cols.targets * _copy_cycles(n, c, cols.targets, plan)
     )
-    once = exposed + CODE * plan.copies * code + copies
+    once = exposed + CODE * plan.repeats * code + copies
     of_one_core = -(-programs // cores) / programs
     arithmetic = of_one_core * (plan.slabs(n, c) * cycles + programs * start)
     return max(arithmetic, programs * plan.fold * exposed) + once

@@ -377,6 +377,7 @@ def _compile_cases(full: bool) -> list[Case]:
         _case((32, 14, 14, 160), (13, 13), bf16),
         _case((8, 28, 28, 80), (13, 13), bias=True),
         _case((8, 56, 56, 40), (3, 3), bf16),
+        _case((8, 96, 96, 128), (3, 3), bf16),
         _case((1, 56, 56, 96), (7, 7)),
         _case((8, 57, 57, 64), (3, 3), strides=2, padding=((1, 1), (1, 1))),
         _case((2, 28, 28, 100), (5, 5), bf16, dilation=2),
