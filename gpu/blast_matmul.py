@@ -22,6 +22,8 @@ GRAIN = 16
 TOKENS = 64
 # Elements that the 256 threads of a program can add up in registers.
 ACCUMULATORS = 16 * 1024
+# 64 ranks of float32 spill: exact products split their operands.
+BYTES_OF_RANKS = 128
 TOO_LARGE = f"a program can't add up more than {ACCUMULATORS // GRAIN**2} blocks in registers"
 # A product of fewer tokens is as fast as its factors are read.
 FEW_TOKENS = 32
@@ -85,7 +87,7 @@ def _mix(x: jax.Array, v: jax.Array, s: jax.Array, blocks: Blocks, interpret: An
     n = len(x)
     b1, b2, true_p, _, true_r = blocks
     p, r = (-(-size // GRAIN) * GRAIN for size in (true_p, true_r))
-    tokens, ranks = _plan(n, b2, r)
+    tokens, ranks = _plan(n, b2, r, x.dtype.itemsize)
     if p != true_p:
         x = jnp.pad(x.reshape(n, b1, true_p), ((0, 0), (0, 0), (0, p - true_p))).reshape(n, -1)
     x = jnp.pad(x, ((0, -n % tokens), (0, 0)))
@@ -113,13 +115,13 @@ def _mix(x: jax.Array, v: jax.Array, s: jax.Array, blocks: Blocks, interpret: An
     return z[:, :n, :true_r]
 
 
-def _plan(n: int, b2: int, r: int) -> Plan:
-    """The largest tile whose sums for all blocks fit in registers."""
+def _plan(n: int, b2: int, r: int, itemsize: int) -> Plan:
+    """The largest tile whose sums for all blocks, beside operands of so many bytes, fit in registers."""
     tokens = next(
         t for t in (TOKENS, 32, GRAIN) if t == GRAIN or (t < 2 * n and b2 * t * GRAIN <= ACCUMULATORS)
     )
-    ranks = next(c for c in (64, 32, GRAIN) if r % c == 0 and (c == GRAIN or b2 * tokens * c <= ACCUMULATORS))
-    return Plan(tokens, ranks)
+    sizes = [c for c in (64, 32, GRAIN) if r % c == 0 and c * itemsize <= BYTES_OF_RANKS]
+    return Plan(tokens, next(c for c in sizes if c == GRAIN or b2 * tokens * c <= ACCUMULATORS))
 
 
 def _sum(subscripts: str, a: jax.Array, b: jax.Array, interpret: Any) -> jax.Array:

@@ -47,6 +47,7 @@ CALLS = [
     ("fft_conv", "v4"),
     ("mod_matmul", "v4"),
     ("depthwise_conv", "sm_100"),
+    ("blast_matmul", "sm_90"),
 ]
 
 
