@@ -31,11 +31,11 @@ class KernelReport:
     work: what one call does, as its launcher stated it; None if it didn't.
     memory_bytes, memory_limit: VMEM of a TPU core, shared memory of a GPU block.
     code_bytes: size of the machine code.
-    cycles: on a TPU, the compiler's estimate, waits for HBM left out; None for the reason `no_cycles`. A few
-      thousand are a call's first and last transfers.
+    cycles: on a TPU, the compiler's estimate, as if each transfer had HBM to itself; None for the reason `no_cycles`.
+      A few thousand are a call's first and last transfers.
     bundles: on a TPU where `cycles` is None, the instructions of the kernel's code, loops counted once.
     bound_cycles, bound_seconds: on a TPU, the least that its arithmetic units and its HBM allow for `work`.
-    share: `bound_cycles` by the cycles estimated, waits for HBM included.
+    share: `bound_cycles` by the cycles estimated, or by those that HBM takes for all transfers if they are more.
     padded_share: the same for the operations issued, those on padding included.
     registers, spill_bytes: of a GPU thread; what doesn't fit in registers is spilled to its stack.
     """
