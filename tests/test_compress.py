@@ -313,6 +313,35 @@ def test_layers_are_found_wherever_they_are(method, name, random, tmp_path):
     np.testing.assert_array_equal(load(Holder(seed=1), path)(x), small(x))
 
 
+class Part(nnx.Pytree):
+    """Holds a layer, and is no module."""
+
+    def __init__(self):
+        self.linear = nnx.Linear(16, 16, rngs=nnx.Rngs(0))
+
+
+def test_layers_of_what_is_no_module_are_replaced_and_calibrated(random):
+    class Model(nnx.Module):
+        def __init__(self):
+            self.part = Part()
+
+        def __call__(self, x):
+            return self.part.linear(x)
+
+    x = jnp.asarray(random.normal(size=(64, 16)) * np.geomspace(0.01, 10, 16), jnp.float32)
+    small, report = compress(Model(), "low_rank", rank=2)
+    assert type(small.part.linear) is LowRankLinear
+    calibrated = compress(Model(), "low_rank", rank=2, calibration=[x])[1]
+    assert calibrated.relative_error < 0.9 * report.relative_error
+
+
+def test_two_layers_at_one_path_are_refused():
+    model, linears = nnx.Module(), [nnx.Linear(16, 16, rngs=nnx.Rngs(i)) for i in range(2)]
+    model.layers = nnx.data({"a.b": linears[0], "a": {"b": linears[1]}})
+    with pytest.raises(ValueError, match=r"two parts at layers.a.b, expected a path of its own for each"):
+        compress(model, "low_rank", rank=1)
+
+
 def test_full_ranks_of_attention_change_nothing(random):
     model, x = Holder(), jnp.asarray(random.normal(size=(3, 5, 16)), jnp.float32)
     small, _ = compress(model, "monarch", rank=8, blocks=2, calibration=[x])
@@ -331,7 +360,7 @@ def test_stacks_and_tuples_of_layers_are_refused():
         compress(stacked, "low_rank", ratio=0.5)
     network = Network()
     network.blocks = nnx.data(tuple(network.blocks))
-    with pytest.raises(ValueError, match="a tuple of layers at blocks, expected a list"):
+    with pytest.raises(ValueError, match=r"blocks.0: got a layer in a tuple or the like, expected a list"):
         compress(network, "low_rank", ratio=0.5)
 
 

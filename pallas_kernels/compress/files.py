@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pallas_kernels.compress.network import configuration, with_layers
+from pallas_kernels.compress.network import by_path, configuration, with_layers
 
 _KEY = "pallas_kernels.compress"
 
@@ -86,11 +86,9 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
 
 def _variables(model: nnx.Module) -> dict[str, Any]:
     """All of them but empty ones, which Orbax refuses, and the states of random streams, by path."""
-    return {
-        ".".join(map(str, path)): v
-        for path, v in nnx.iter_graph(model)
-        if isinstance(v, nnx.Variable) and not isinstance(v, nnx.RngState) and v[...].size
-    }
+    return by_path(
+        model, lambda v: isinstance(v, nnx.Variable) and not isinstance(v, nnx.RngState) and v[...].size
+    )
 
 
 def _shape(arrays: dict[str, Any], key: str) -> tuple[int, ...] | None:

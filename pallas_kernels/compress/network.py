@@ -2,7 +2,7 @@
 
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -55,7 +55,8 @@ def compress(
 
     Raises:
       ValueError: not one budget; no layer matches; features that don't divide into blocks; a budget that allows
-        no rank at all, or a rank above that of a full block; a stack of matrices, or a layer in a tuple.
+        no rank at all, or a rank above that of a full block; a stack of matrices, or a layer in a tuple; keys with
+        dots that give two layers one path.
 
     Example:
       >>> from flax import nnx
@@ -84,7 +85,7 @@ def compress(
     replaced, rows = {}, []
     with Progress(len(found), "compress") as progress:
         for path, linear in found.items():
-            scale = weights.get(path, np.ones((1, 1)))
+            scale = np.ones((1, 1)) if calibration is None else weights[path]
             r = ranks[path] or factorization.least_rank(_matrix(linear) * scale, method, blocks, error or 0.0)
             replaced[path], row = _approximated(path, linear, method, r, blocks, scale)
             rows.append(row)
@@ -159,8 +160,20 @@ def _compressed(model: nnx.Module) -> dict[str, tuple[Any, str, dict[str, jax.Ar
     return found
 
 
+def by_path(model: nnx.Module, wanted: Callable[[Any], bool]) -> dict[str, Any]:
+    """The parts that are wanted, by their paths with dots."""
+    found = {}
+    for keys, part in nnx.iter_graph(model):
+        if wanted(part):
+            path = ".".join(map(str, keys))
+            if path in found:
+                raise ValueError(f"got two parts at {path}, expected a path of its own for each")
+            found[path] = part
+    return found
+
+
 def _modules(model: nnx.Module, kinds: Any) -> dict[str, Any]:
-    return {".".join(map(str, path)): m for path, m in nnx.iter_graph(model) if isinstance(m, kinds)}
+    return by_path(model, lambda part: isinstance(part, kinds))
 
 
 def _matching(model: nnx.Module, pattern: str | Sequence[str]) -> dict[str, Any]:
@@ -170,9 +183,8 @@ def _matching(model: nnx.Module, pattern: str | Sequence[str]) -> dict[str, Any]
         raise ValueError(
             f"no nnx.Linear or nnx.LinearGeneral matches {pattern!r}; there are {', '.join(found) or 'none'}"
         )
-    for path, node in nnx.iter_graph(model):
-        if isinstance(node, tuple) and any(linear is part for linear in chosen.values() for part in node):
-            raise ValueError(f"got a tuple of layers at {'.'.join(map(str, path))}, expected a list")
+    # What can't be replaced is refused before factors are sought, which may take long.
+    _copy_with(model, dict.fromkeys(chosen, nnx.Module()))
     return chosen
 
 
@@ -184,7 +196,7 @@ def _copy_with(model: nnx.Module, layers: Mapping[str, Any]) -> nnx.Module:
     if id(copy) in new:
         return new[id(copy)]
     for _, node in list(nnx.iter_graph(copy)):
-        if isinstance(node, nnx.Module):
+        if isinstance(node, nnx.Pytree):
             for name, value in list(vars(node).items()):
                 if id(value) in new:
                     setattr(node, name, new[id(value)])
@@ -192,6 +204,12 @@ def _copy_with(model: nnx.Module, layers: Mapping[str, Any]) -> nnx.Module:
             for key, value in enumerate(node) if isinstance(node, list) else list(node.items()):
                 if id(value) in new:
                     node[key] = new[id(value)]
+    left = {id(part) for _, part in nnx.iter_graph(copy)}
+    for path in layers:
+        if id(old[path]) in left:
+            raise ValueError(
+                f"{path}: got a layer in a tuple or the like, expected a list, a dict or a module"
+            )
     return copy
 
 
