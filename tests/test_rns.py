@@ -37,6 +37,15 @@ def test_integers_come_back(q, random):
     assert (rns.to_integers(residues, q, signed=False) == x % math.prod(q)).all()
 
 
+@pytest.mark.parametrize("dtype", np.typecodes["AllInteger"])
+def test_integers_of_every_dtype(dtype, random):
+    ends = np.iinfo(dtype)
+    x = np.array([ends.min, ends.max, *random.integers(ends.min, ends.max, 50, dtype)], dtype)
+    for q in (SMALL, (*SMALL, *BIG)):
+        expected = x.astype(object) % np.array(q, object)[:, None]
+        np.testing.assert_array_equal(rns.from_integers(x, q), expected)
+
+
 BASES = [
     (BIG, primes(5)), (primes(2), BIG), (primes(1), SMALL), (SMALL, BIG), (primes(8), primes(20)[8:]),
     (primes(8), (260702209, 268042241)), (primes(24), (260702209, 268042241)),

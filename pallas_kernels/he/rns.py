@@ -37,6 +37,8 @@ def from_integers(x: Any, moduli: Sequence[int]) -> jax.Array:
     x = np.asarray(x)
     if x.dtype != object and not np.issubdtype(x.dtype, np.integer):
         raise TypeError(f"rns: integers are wanted, got {x.dtype}")
+    if x.dtype.itemsize < 8:
+        x = x.astype(np.int64)  # numpy wants a modulus of the dtype of what it divides.
     limbs = [(x % q).astype(np.uint32) for q in check_moduli(moduli)]
     return jnp.asarray(np.stack(limbs, -2))
 
