@@ -182,10 +182,11 @@ def test_monomials():
     n, q = 32, primes(32, 2)
     plan = NttPlan(n, q)
     f = random((2, n), q)
-    for k in (0, 1, 5, n - 1, n, n + 3, 2 * n - 1, 2 * n, -1, -n):
-        sign = 1 if k % (2 * n) < n else -1
+    shifts = (0, 1, 5, n - 1, n, n + 3, 2 * n - 1, 2 * n, -1, -n)
+    for k in (*shifts, 2**70 + 1, -(2**70) - 1, *np.array([5], np.int8)):
+        sign = 1 if int(k) % (2 * n) < n else -1
         x = np.zeros((2, n), np.int64)
-        x[:, k % n] = sign
+        x[:, int(k) % n] = sign
         monomial = jnp.asarray(x % np.array(q)[:, None], jnp.uint32)
         np.testing.assert_array_equal(pk.he.monomial_mul(f, k, q), pk.he.polymul(f, monomial, plan))
 
@@ -206,6 +207,10 @@ def test_automorphisms(order):
         )
         product = pk.he.automorphism(pk.he.polymul(f, g, plan), k, q)
         np.testing.assert_array_equal(product, pk.he.polymul(image, pk.he.automorphism(g, k, q), plan))
+    y = pk.he.ntt(f, plan)
+    for k in (2**70 + 5, *np.array([5], np.int8)):
+        np.testing.assert_array_equal(pk.he.automorphism(f, k, q), pk.he.automorphism(f, 5, q))
+        np.testing.assert_array_equal(pk.he.ntt_automorphism(y, k, plan), pk.he.ntt_automorphism(y, 5, plan))
     twice = pk.he.automorphism(pk.he.automorphism(f, 5, q), 5, q)
     np.testing.assert_array_equal(twice, pk.he.automorphism(f, 25, q))
     for k, order_of_k in ((5, n // 2), (2 * n - 1, 2)):
@@ -248,6 +253,7 @@ def test_plans():
     plan, same = NttPlan(64, (257, 7681)), NttPlan(64, (257, 7681))
     assert plan == same and hash(plan) == hash(same)
     assert plan != NttPlan(64, (257,)) and plan != NttPlan(64, (257, 7681), order="natural")
+    assert plan == NttPlan(np.arange(65)[-1], (257, 7681))
     assert NttPlan(64, (257, 7681)).limbs([1]) == NttPlan(64, (7681,))
     x = random((1, 64), (7681,))
     np.testing.assert_array_equal(pk.he.ntt(x, plan.limbs(slice(1, 2))), pk.he.ntt(x, NttPlan(64, (7681,))))
@@ -278,6 +284,13 @@ def test_bad_operands_are_refused():
     plan = NttPlan(8, (17,))
     with pytest.raises(ValueError, match=r"must be \(\.\.\., 1, 8\) for this plan, got shape \(1, 16\)"):
         pk.he.ntt(np.zeros((1, 16), np.uint32), plan)
+    for n in (4, 16):
+        with pytest.raises(
+            ValueError, match=rf"`y` must be \(\.\.\., 1, 8\) for this plan, got shape \(1, {n}\)"
+        ):
+            pk.he.ntt_automorphism(jnp.zeros((1, n), jnp.uint32), 3, plan)
+    with pytest.raises(TypeError, match=r"`n` must be an int, got 8\.0"):
+        NttPlan(8.0, (17,))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"canonical.*got 17"):
         pk.he.ntt(np.full((1, 8), 17, np.uint32), plan)
     with pytest.raises(TypeError, match="`plan` must be an NttPlan"):

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -281,11 +282,21 @@ def _run(
     return y.reshape(shape)
 
 
+def check_degree(name: str, n: int) -> int:
+    """`n` as an int, once it has been found to be a degree that there are transforms for."""
+    try:
+        degree = operator.index(n)
+    except TypeError:
+        raise TypeError(f"{name}: `n` must be an int, got {n!r}") from None
+    if degree & (degree - 1) or not SMALLEST <= degree <= LARGEST:
+        raise ValueError(f"{name}: `n` must be a power of two from {SMALLEST} to {LARGEST}, got {n}")
+    return degree
+
+
 def _check_plan(
     n: int, primes: Sequence[int], order: str, split: tuple[int, int] | None
 ) -> tuple[int, tuple[int, ...], tuple[int, int]]:
-    if not isinstance(n, int) or n & (n - 1) or not SMALLEST <= n <= LARGEST:
-        raise ValueError(f"ntt: `n` must be a power of two from {SMALLEST} to {LARGEST}, got {n}")
+    n = check_degree("ntt", n)
     if order not in ORDERS:
         raise ValueError(f"ntt: `order` must be 'bit_reversed' or 'natural', got {order!r}")
     if split is None:
