@@ -121,6 +121,32 @@ def test_levels(small):
         assert small.error(small.encrypt(v, level=level), v) < 1e-6
 
 
+def test_a_product_drops_levels_once_it_is_rescaled(small):
+    v, w = small.vector(), small.vector()
+    plain = ckks.encode(w, small.p)
+    once = ckks.multiply(small.encrypt(v), plain)
+    twice = ckks.multiply(once, plain)
+    for x in (once, twice):
+        with pytest.raises(
+            ValueError, match=r"no multiple of the 2\^(80|120)\.0+ of the ciphertext: `rescale`"
+        ):
+            ckks.drop_level(x, 1)
+    with pytest.raises(ValueError, match="`rescale` first"):
+        ckks.product(once, ckks.drop_level(small.encrypt(w), 1), small.keys)
+    assert small.error(ckks.drop_level(ckks.rescale(once), 0), v * w) < 1e-5
+    assert small.error(ckks.drop_level(ckks.rescale(ckks.rescale(twice)), 0), v * w**2) < 1e-5
+
+
+def test_products_where_one_bit_is_left_above_the_scale(random):
+    p = ckks.parameters(2**8, 1, scale_bits=48, base_bits=49, allow_insecure=True)
+    # A 1 at the scale of a product would not fit.
+    assert 2 * p.scales[1] ** 2 > math.prod(p.moduli)
+    secret, public, _ = ckks.generate_keys(p)
+    v, w = random.uniform(-0.5, 0.5, (2, p.slots))
+    got = ckks.multiply(ckks.encrypt(ckks.encode(v, p), public), ckks.encode(w, p))
+    assert np.abs(ckks.decode(ckks.decrypt(got, secret), p) - v * w).max() < 1e-5
+
+
 def test_rotations(small):
     v = small.vector()
     x = small.encrypt(v)
@@ -316,7 +342,7 @@ def test_a_wrong_key_is_refused_and_would_give_garbage(small):
 
 def test_what_does_not_fit_is_refused(small):
     x = small.encrypt(small.vector())
-    lower = ckks.drop_level(x, 1)
+    lower, bottom = ckks.drop_level(x, 1), ckks.drop_level(x, 0)
     refused = [
         (lambda: ckks.add(x, lower), "levels differ: 3 and 1"),
         (lambda: ckks.multiply(x, lower), "levels differ"),
@@ -328,11 +354,17 @@ def test_what_does_not_fit_is_refused(small):
         (lambda: ckks.drop_level(lower, 2), "from level 1"),
         (lambda: ckks.encode(np.ones(600), small.p), "up to 512 finite numbers"),
         (lambda: ckks.encode([np.nan], small.p), "finite"),
+        *((lambda scale=scale: ckks.encode([1], small.p, scale=scale), f"above 0, got {scale}") for scale in
+          (0.0, -1.0, math.nan, math.inf)),
+        (lambda: ckks.multiply(bottom, ckks.encode([1], small.p, level=0)), r"scale 2\^80\.\d .* level 0, 2\^60\.0"),
+        (lambda: ckks.multiply(bottom, bottom), "`rescale` before"),
+        (lambda: ckks.rescale(ckks.encrypt(ckks.encode([1], small.p, scale=2.0**39), small.public)),
+         r"nothing is left of a scale of 2\^39\.0 .* level 3, 2\^40\.0"),
         (lambda: ckks.encode([1e30], small.p, level=0), "exceed the moduli"),
         (lambda: ckks.encode([1], small.p, level=4), r"levels are 0 \.\.\. 3, got 4"),
         (lambda: ckks.matrix(np.ones((7, 7)), small.p, level=1), "dividing 512"),
         (lambda: ckks.polynomial(x, [1], small.keys), "degree 1 at least"),
-    ]
+    ]  # fmt: skip
     for call, text in refused:
         with pytest.raises(ValueError, match=text):
             call()
@@ -375,6 +407,10 @@ def test_options_of_parameters():
             ckks.parameters(2**13, 1, scale_bits=scale, base_bits=base, special=special)
     with pytest.raises(ValueError, match="depth"):
         ckks.parameters(2**13, -1)
+    for n in (3000, 2**16 + 1, 2**17, 4):
+        with pytest.raises(ValueError, match=f"ckks: `n` must be a power of two from 8 to 65536, got {n}"):
+            ckks.parameters(n, 4)
+    assert ckks.parameters(np.arange(2**13 + 1)[-1], 2) == ckks.parameters(2**13, 2)
 
 
 def test_too_few_primes_are_refused():

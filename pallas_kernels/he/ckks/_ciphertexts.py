@@ -112,9 +112,15 @@ def _sum(x: Ciphertext, y: Ciphertext | Plaintext, operation: Any) -> Ciphertext
 def multiply(x: Ciphertext, y: Ciphertext | Plaintext) -> Ciphertext:
     """x y in every slot, of the same level; the scales multiply. Of ciphertexts, three parts: see `relinearise`."""
     _check_alike(x, y)
-    moduli = _moduli(x)
+    moduli, scale = _moduli(x), x.scale * y.scale
+    # Not half of them, which a 1 takes: where `parameters` leave values a single bit, smaller ones still fit.
+    if scale >= (whole := math.prod(moduli)):
+        raise ValueError(
+            f"ckks: a product of scale 2^{math.log2(scale):.1f} exceeds the moduli of level {x.level}, "
+            f"2^{math.log2(whole):.1f}: multiply at a higher level, or `rescale` before"
+        )
     if isinstance(y, Plaintext):
-        return replace(x, parts=_mul(x.parts, y.values, moduli), scale=x.scale * y.scale)
+        return replace(x, parts=_mul(x.parts, y.values, moduli), scale=scale)
     if len(x.parts) != 2 or len(y.parts) != 2:
         raise ValueError(
             f"ckks: relinearise before the next product; got {len(x.parts)} and {len(y.parts)} parts"
@@ -122,7 +128,7 @@ def multiply(x: Ciphertext, y: Ciphertext | Plaintext) -> Ciphertext:
     (a, b), (c, d) = x.parts, y.parts
     cross = _add(_mul(a, d, moduli), _mul(b, c, moduli), moduli)
     parts = jnp.stack([_mul(a, c, moduli), cross, _mul(b, d, moduli)])
-    return replace(x, parts=parts, scale=x.scale * y.scale)
+    return replace(x, parts=parts, scale=scale)
 
 
 def relinearise(x: Ciphertext, keys: EvaluationKeys) -> Ciphertext:
@@ -138,8 +144,14 @@ def rescale(x: Ciphertext) -> Ciphertext:
     """Divide the scale by the moduli of the level, and go one level down."""
     if x.level == 0:
         raise ValueError("ckks: at level 0 nothing is left to rescale by: take parameters of more depth")
+    divisor = x.parameters.dropped(x.level)
+    if x.scale < divisor:
+        raise ValueError(
+            f"ckks: nothing is left of a scale of 2^{math.log2(x.scale):.1f} that is divided by the moduli of level "
+            f"{x.level}, 2^{math.log2(divisor):.1f}: rescale products, and see `drop_level`"
+        )
     parts, level = _rescaled(x.parts, x.parameters, x.level), x.level - 1
-    return replace(x, parts=parts, scale=x.scale / x.parameters.dropped(x.level), level=level)
+    return replace(x, parts=parts, scale=x.scale / divisor, level=level)
 
 
 def drop_level(x: Ciphertext, level: int) -> Ciphertext:
@@ -151,11 +163,17 @@ def drop_level(x: Ciphertext, level: int) -> Ciphertext:
     # Leave moduli out down to the level above, and make the scale right by the last rescale.
     above = level + 1
     parts, p = x.parts[:, : x.parameters.limbs(above)], x.parameters
-    factor = round(p.scales[level] * p.dropped(above) / x.scale)
+    scale = p.scales[level] * p.dropped(above)
+    factor = round(scale / x.scale)
+    if not math.isclose(factor * x.scale, scale, rel_tol=SCALE_TOLERANCE):
+        raise ValueError(
+            f"ckks: level {level} is reached from a scale of 2^{math.log2(scale):.6f}, which is no multiple of the "
+            f"2^{math.log2(x.scale):.6f} of the ciphertext: `rescale` first"
+        )
     moduli = plan_of(p, above).moduli
     parts = _mul(parts, rns.constant(factor, moduli), moduli)
-    # The factor is a rounded integer of some 40 bits: what it is off by is far below the noise.
-    return rescale(replace(x, parts=parts, level=above, scale=p.scales[level] * p.dropped(above)))
+    # What rounding the factor is off by is far below the noise: from the scale of a level it has some 40 bits.
+    return rescale(replace(x, parts=parts, level=above, scale=scale))
 
 
 def rotate(x: Ciphertext, steps: int, keys: EvaluationKeys) -> Ciphertext:

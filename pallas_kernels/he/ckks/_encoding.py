@@ -40,10 +40,13 @@ def encode(
       level: of what it will be combined with; the top one by default. scale: that of the level by default.
 
     Raises:
-      ValueError: there are more values than slots, or they are too large for the moduli, or not finite.
+      ValueError: there are more values than slots, or they are too large for the moduli, or not finite; `scale` is not
+        finite and above 0.
     """
     level = parameters.depth if level is None else checked_level(parameters, level)
     scale = parameters.scales[level] if scale is None else float(scale)
+    if not 0 < scale < math.inf:
+        raise ValueError(f"ckks: `scale` must be finite and above 0, got {scale}")
     values = np.asarray(values, np.complex128)
     n = parameters.n
     if values.ndim != 1 or len(values) > n // 2 or not np.isfinite(values).all():

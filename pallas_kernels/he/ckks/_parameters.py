@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 
 from pallas_kernels.moduli import check_moduli, ntt_primes
-from pallas_kernels.ops.ntt import NttPlan
+from pallas_kernels.ops.ntt import NttPlan, check_degree
 
 # The most bits of all moduli together at 128 bits of classical security with a ternary secret
 # (Homomorphic Encryption Standard, 2018).
@@ -72,7 +72,7 @@ def parameters(
     """Choose moduli for a ring and a number of products one after the other.
 
     Args:
-      n: degree, a power of two from 2^3; n / 2 slots.
+      n: degree, a power of two from 2^3 to 2^16; n / 2 slots.
       depth: products (of ciphertexts or with plaintexts) one after the other.
       scale_bits: of the scale, from 36: the bits of a value after the point, of which the noise takes about 18.
       base_bits: of what is left at level 0: values are up to 2^(base_bits - scale_bits - 1).
@@ -80,7 +80,7 @@ def parameters(
       allow_insecure: take what has less than 128 bits of security.
 
     Raises:
-      ValueError: that has less than 128 bits of security; there are no such primes.
+      ValueError: `n` is no such power; that has less than 128 bits of security; there are no such primes.
 
     Example:
       >>> from pallas_kernels.he import ckks
@@ -88,6 +88,7 @@ def parameters(
       >>> p.slots, p.depth, sum(q.bit_length() for q in (*p.moduli, *p.special))
       (4096, 2, 173)
     """
+    n = check_degree("ckks", n)
     if depth < 0 or special < 1 or not 36 <= scale_bits <= 60 or not scale_bits < base_bits <= 61:
         raise ValueError(
             "ckks: `depth` must be 0 or more, `special` 1 or more, `scale_bits` 36 to 60 and less than `base_bits`, at "
@@ -101,7 +102,7 @@ def parameters(
     moduli = check_moduli((*base, *levels), n)
     chosen = Parameters(n, moduli, special_primes, scale_bits, 2, 2)
     bits = math.log2(math.prod((*moduli, *special_primes)))
-    most = MOST_BITS.get(n, 0 if n < 2**10 else MOST_BITS[2**15])
+    most = MOST_BITS.get(n, 0 if n < 2**10 else MOST_BITS[2**15])  # n = 2^16 is not in the standard.
     if bits > most and not allow_insecure:
         raise ValueError(
             f"ckks: moduli of {bits:.0f} bits leave less than 128 bits of security for n = {n}, which allows {most}: "
