@@ -335,6 +335,54 @@ def test_layers_of_what_is_no_module_are_replaced_and_calibrated(random):
     assert calibrated.relative_error < 0.9 * report.relative_error
 
 
+class Frozen(nnx.Param):
+    """A parameter that isn't to be trained."""
+
+
+@pytest.mark.parametrize(("method", "rank"), [("blast", 16), ("low_rank", 16), ("monarch", 4)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"precision": "highest"},
+        {"promote_dtype": lambda arrays, dtype: tuple(a.astype(jnp.bfloat16) for a in arrays)},
+        {"preferred_element_type": jnp.float32, "dtype": jnp.bfloat16},
+    ],
+)
+def test_what_a_layer_was_made_with_stays(options, method, rank, random, tmp_path):
+    if "preferred_element_type" in options and not hasattr(linear_of({}), "preferred_element_type"):
+        pytest.skip("this Flax has no such option")
+    model, x = linear_of(options), jnp.asarray(random.normal(size=(5, 16)), jnp.float32)
+    small, _ = compress(nnx.Sequential(model), method, rank=rank)
+    layer, restored = small.layers[0], restore(small).layers[0]
+    assert type(layer) is (nnx.Linear if options else MAKE[method])
+    for other in (layer, restored):
+        assert other(x).dtype == model(x).dtype
+        np.testing.assert_allclose(other(x), model(x), rtol=2e-2, atol=2e-2)
+        kinds = {path: type(v) for path, v in nnx.to_flat_state(nnx.state(other, nnx.Variable))}
+        assert set(kinds.values()) == {Frozen}
+        assert all(v.get_metadata()["tag"] == "x" for _, v in nnx.to_flat_state(nnx.state(other)))
+    assert type(restored) is nnx.Linear
+    assert all(getattr(restored, name) == value for name, value in options.items())
+    save(small, tmp_path / "network.safetensors")
+    again = load(nnx.Sequential(linear_of(options)), tmp_path / "network.safetensors")
+    np.testing.assert_array_equal(again(x), small(x))
+
+
+def linear_of(options):
+    linear = nnx.Linear(16, 16, **options, rngs=nnx.Rngs(0))
+    linear.kernel, linear.bias = (Frozen(v[...], tag="x") for v in (linear.kernel, linear.bias))
+    return linear
+
+
+def test_factors_of_a_sharded_kernel_have_no_sharding():
+    with jax.set_mesh(jax.make_mesh((1,), ("features",))):
+        init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "features"))
+        model = nnx.Sequential(nnx.Linear(16, 16, kernel_init=init, rngs=nnx.Rngs(0)))
+        small, _ = compress(model, "monarch", rank=1)
+    assert not {"sharding_names", "out_sharding"} & set(small.layers[0].w1.get_metadata())
+
+
 def test_two_layers_at_one_path_are_refused():
     model, linears = nnx.Module(), [nnx.Linear(16, 16, rngs=nnx.Rngs(i)) for i in range(2)]
     model.layers = nnx.data({"a.b": linears[0], "a": {"b": linears[1]}})

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 
 from pallas_kernels.compress import factors as factorization
 from pallas_kernels.compress.report import LayerReport, Report
 from pallas_kernels.nn import BlastLinear, DotGeneral, LowRankLinear, MonarchLinear
+from pallas_kernels.nn.dot_general import like
 from pallas_kernels.ops import blast_matmul, low_rank_matmul, monarch_matmul
 from pallas_kernels.progress import Progress
 
@@ -36,8 +38,9 @@ def compress(
 
     Each matrix is replaced by the nearest one of its kind that the budget allows: for low rank and Monarch by singular
     values, which is optimal; for BLAST by a descent that starts from the better of these two, of as many ranks, and
-    never gets worse. `nnx.Linear` becomes a layer of `pallas_kernels.nn`; `nnx.LinearGeneral`, of which
-    `nnx.MultiHeadAttention` is made, gets factors by `pallas_kernels.nn.DotGeneral`.
+    never gets worse. `nnx.Linear` becomes a layer of `pallas_kernels.nn`; one with a precision, `promote_dtype` or
+    `preferred_element_type` of its own, and `nnx.LinearGeneral`, of which `nnx.MultiHeadAttention` is made, get factors
+    by `pallas_kernels.nn.DotGeneral`. Factors are variables of the kernel's type and metadata, but for its sharding.
 
     Args:
       model: any network of such layers. It is left as it is.
@@ -152,7 +155,7 @@ def _compressed(model: nnx.Module) -> dict[str, tuple[Any, str, dict[str, jax.Ar
         for path, layer in _modules(model, kind).items():
             found[path] = layer, method, {name: getattr(layer, name)[...] for name in layer.FACTORS}
     methods = {product: method for method, product in _PRODUCTS.items()}
-    for path, layer in _modules(model, nnx.LinearGeneral).items():
+    for path, layer in _modules(model, (nnx.Linear, nnx.LinearGeneral)).items():
         hook = layer.dot_general
         if isinstance(hook, DotGeneral) and hook.product in methods:
             factors = {name: getattr(hook, name)[...] for name in hook.names}
@@ -269,9 +272,12 @@ def _approximated(
 
 def _factored(linear: Any, method: str, factors: Mapping[str, jax.Array]) -> Any:
     """In place of a dense layer, with its bias."""
-    if isinstance(linear, nnx.LinearGeneral):
+    variables = {name: like(linear.kernel, factor) for name, factor in factors.items()}
+    # Options that the layers of pallas_kernels.nn don't have.
+    options = linear.precision, linear.promote_dtype, getattr(linear, "preferred_element_type", None)
+    if isinstance(linear, nnx.LinearGeneral) or options != (None, promote_dtype, None):
         layer = nnx.clone(linear)
-        DotGeneral(_PRODUCTS[method], **factors).install(layer)
+        DotGeneral(_PRODUCTS[method], **variables).install(layer)
         return layer
     rank, blocks = factorization.rank_and_blocks(factors)
     options = {} if method == "low_rank" else {"blocks": blocks}
@@ -282,27 +288,29 @@ def _factored(linear: Any, method: str, factors: Mapping[str, jax.Array]) -> Any
             param_dtype=linear.kernel[...].dtype, rngs=nnx.Rngs(0), **options,
         )
     )  # fmt: skip
-    for name, factor in factors.items():
-        setattr(layer, name, nnx.Param(factor))
+    for name, variable in variables.items():
+        setattr(layer, name, variable)
     if linear.bias is not None:
-        layer.bias = nnx.Param(linear.bias[...])
+        layer.bias = linear.bias.copy()
     return layer
 
 
 def _dense(layer: Any, method: str, factors: Mapping[str, jax.Array]) -> Any:
     matrix = _OPERATORS[method].to_dense(**factors)
-    if isinstance(layer, nnx.LinearGeneral):
+    if isinstance(layer, nnx.Linear | nnx.LinearGeneral):
         dense: Any = nnx.clone(layer)
         del dense.dot_general  # It was a module; a function is no data to Flax.
         dense.dot_general = jax.lax.dot_general
-        dense.kernel = nnx.Param(matrix.reshape(*layer.in_features, *layer.out_features))
+        if isinstance(layer, nnx.LinearGeneral):
+            matrix = matrix.reshape(*layer.in_features, *layer.out_features)
+        dense.kernel = like(layer.kernel, matrix)
         return dense
     dense = nnx.Linear(
         *matrix.shape, use_bias=layer.bias is not None, dtype=layer.dtype, param_dtype=matrix.dtype, rngs=nnx.Rngs(0)
     )  # fmt: skip
-    dense.kernel = nnx.Param(matrix)
+    dense.kernel = like(getattr(layer, layer.FACTORS[0]), matrix)
     if layer.bias is not None:
-        dense.bias = nnx.Param(layer.bias[...])
+        dense.bias = layer.bias.copy()
     return dense
 
 

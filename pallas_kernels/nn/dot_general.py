@@ -63,7 +63,8 @@ class DotGeneral(nnx.Module):
         dtype = preferred_element_type or lhs.dtype
         x = jnp.moveaxis(lhs.astype(jnp.promote_types(lhs.dtype, dtype)), axes, range(-len(axes), 0))
         shape = x.shape[: lhs.ndim - len(axes)]
-        y = self.product(x.reshape(*shape, -1), **{name: getattr(self, name)[...] for name in self.names})
+        x = x.reshape(*shape, math.prod(x.shape[len(shape) :]))
+        y = self.product(x, **{name: getattr(self, name)[...] for name in self.names})
         return y.astype(dtype).reshape(*shape, *rhs.shape[len(rows) :])
 
     def install(self, layer: nnx.Linear | nnx.LinearGeneral) -> None:
@@ -84,5 +85,11 @@ class DotGeneral(nnx.Module):
             raise ValueError(
                 f"got factors for {outputs} outputs, expected those of a kernel of {kernel.shape}"
             )
-        layer.kernel = nnx.Param(jnp.zeros((0,) * inputs + kernel.shape[inputs:], kernel.dtype))
+        layer.kernel = like(layer.kernel, jnp.zeros((0,) * inputs + kernel.shape[inputs:], kernel.dtype))
         layer.dot_general = nnx.data(self)
+
+
+def like(variable: nnx.Variable, value: jax.Array) -> Any:
+    """A variable of the same kind and metadata, but for its sharding: that is of the axes of another shape."""
+    metadata = {k: v for k, v in variable.get_metadata().items() if "sharding" not in k and k != "mesh"}
+    return type(variable)(value, **metadata)
