@@ -124,15 +124,16 @@ class GPT2(nnx.Module):
         known = 0 if isinstance(start, jax.core.Tracer) else int(start)
         if tokens.shape[1] + known > room:
             raise ValueError(f"got {tokens.shape[1]} tokens after {known}, expected at most {room} together")
-        positions = start + jnp.arange(tokens.shape[1])
+        # In int32 with 64-bit types too: a cache that goes round a loop keeps its types.
+        positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         x = self.drop(self.wte(tokens) + self.wpe(positions))
         keys, values = [], []
         for i, block in enumerate(self.h):
-            before = None if cache is None else (cache.keys[i], cache.values[i])
+            before = None if cache is None else (cache.keys[i], cache.values[i], start)
             x, (k, v) = block(x, before, positions)
             keys.append(k)
             values.append(v)
-        return self.ln_f(x), Cache(tuple(keys), tuple(values), positions[-1] + 1)
+        return self.ln_f(x), Cache(tuple(keys), tuple(values), start + tokens.shape[1])
 
 
 class _Block(nnx.Module):
@@ -163,12 +164,14 @@ class _Attention(nnx.Module):
         self.attn_dropout, self.resid_dropout = (nnx.Dropout(dropout, rngs=options["rngs"]) for _ in range(2))
 
     def __call__(self, x: jax.Array, before: Any, positions: jax.Array) -> tuple[jax.Array, Any]:
-        """`before`: keys and values of a cache, in which those of x take their `positions`."""
-        q, k, v = jnp.split(self.c_attn(x).reshape(*x.shape[:2], 3 * self.heads, -1), 3, 2)
+        """`before`: keys and values of a cache, and how many tokens they are of: those of x come next."""
+        shape = (*x.shape[:2], 3 * self.heads, x.shape[2] // self.heads)
+        q, k, v = jnp.split(self.c_attn(x).reshape(shape), 3, 2)
         if before is not None:
+            *known, start = before
             k, v = (
-                jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, positions[0], 0, 0))
-                for old, new in zip(before, (k, v), strict=True)
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 1)
+                for old, new in zip(known, (k, v), strict=True)
             )
         mask = (jnp.arange(k.shape[1]) <= positions[:, None])[None, None]
         y = self._attend(q, k, v, mask).reshape(x.shape)

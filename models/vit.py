@@ -102,7 +102,7 @@ class _PatchEmbedding(nnx.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         patches = self.proj(images)
-        return patches.reshape(len(patches), -1, patches.shape[-1])
+        return jax.lax.collapse(patches, 1, 3)
 
 
 class _Block(nnx.Module):
@@ -133,7 +133,8 @@ class _Attention(nnx.Module):
         self.proj = nnx.Linear(features, features, kernel_init=_INIT, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        q, k, v = jnp.split(self.qkv(x).reshape(*x.shape[:2], 3 * self.heads, -1), 3, 2)
+        shape = (*x.shape[:2], 3 * self.heads, x.shape[2] // self.heads)
+        q, k, v = jnp.split(self.qkv(x).reshape(shape), 3, 2)
         return self.proj(jax.nn.dot_product_attention(q, k, v).reshape(x.shape))
 
 

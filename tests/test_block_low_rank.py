@@ -272,6 +272,16 @@ def test_second_derivatives(name, implementation, random):
 
 
 @each_operator
+def test_no_tokens_give_no_results_and_gradients_of_zeros(name, random):
+    x, *factors = arrays(random, SHAPES[name])
+    x = jnp.zeros((2, 0, x.shape[-1]), jnp.bfloat16)
+    y = function(name)(x, *factors)
+    assert y.shape == (2, 0, 10) == OPERATORS[name].reference(x, *factors).shape and y.dtype == x.dtype
+    found = gradients(function(name), 1 + len(factors))(x, *factors)
+    assert_close(found, tuple(jnp.zeros_like(a) for a in (x, *factors)))
+
+
+@each_operator
 def test_remat_and_eval_shape(name, random):
     operands = arrays(random, SHAPES[name])
     f = function(name)
@@ -439,6 +449,7 @@ BAD = [
     ("monarch_matmul", ((5, 18), (3, 8, 6), (2, 9, 5)), ValueError, ["3 t", "got 8 and 9"]),
     ("monarch_matmul", ((5, 18), (3, 8), (2, 12, 5)), ValueError, ["(b1, b2 t, p)", "(3, 8)"]),
     ("monarch_matmul", ((5, 18), (3, 0, 6), (2, 0, 5)), ValueError, ["positive", "(3, 0, 6)"]),
+    ("monarch_matmul", ((5, 0), (3, 8, 0), (2, 12, 5)), ValueError, ["positive", "`x`", "(5, 0)"]),
     ("monarch_matmul", ((), (3, 8, 6), (2, 12, 5)), ValueError, ["(..., inputs)", "()"]),
     ("blast_matmul", ((5, 17), (2, 4, 5), (2, 3, 4), (3, 4, 6)), ValueError, ["(..., 18)", "(5, 17)"]),
     ("blast_matmul", ((5, 18), (2, 4, 5), (3, 2, 4), (3, 4, 6)), ValueError, ["(2, 3, 4)", "(3, 2, 4)"]),

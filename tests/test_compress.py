@@ -94,6 +94,11 @@ def test_a_layer_refuses_other_features():
         LowRankLinear(16, 8, rank=2, rngs=nnx.Rngs(0))(jnp.ones((2, 15)))
 
 
+@each_method
+def test_a_layer_takes_an_empty_batch(method):
+    assert MAKE[method](16, 8, rank=2, rngs=nnx.Rngs(0))(jnp.ones((0, 16))).shape == (0, 8)
+
+
 # Factors
 
 

@@ -131,6 +131,13 @@ def test_dtypes_are_those_that_the_layer_asks_for(random):
     np.testing.assert_allclose(y, exact, rtol=1e-4, atol=1e-4)
 
 
+@each_product
+def test_empty_batches(name, random):
+    layer = nnx.LinearGeneral((4, 6), (3, 8), axis=(-2, -1), rngs=nnx.Rngs(0))
+    drawn(name, random)[0].install(layer)
+    assert layer(jnp.ones((0, 5, 4, 6))).shape == (0, 5, 3, 8)
+
+
 def test_int8_weights(random):
     u, v = (jnp.asarray(random.integers(-127, 128, (6, n)), jnp.int8) for n in (36, 24))
     scale = jnp.asarray(random.uniform(1e-4, 1e-3, 6), jnp.float32)

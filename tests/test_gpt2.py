@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from pallas_kernels import models
+from pallas_kernels import lowering, models
 from pallas_kernels.compress import compress, restore
 from pallas_kernels.models.gpt2 import GPT2, generate
 from pallas_kernels.nn import BlastLinear, LowRankLinear, MonarchLinear
@@ -154,6 +154,25 @@ def test_a_cache_changes_nothing(parts, model, tokens):
         logits.append(found)
     np.testing.assert_allclose(np.concatenate(logits, 1), apply(model, tokens), rtol=1e-4, atol=1e-4)
     assert cache.length == 9 and cache.keys[0].shape == (2, 12, 3, 8)
+
+
+def test_a_cache_goes_round_a_loop_with_64_bit_types(model, tokens):
+    with lowering.enable_x64():
+        steps = tokens.T[:, :, None]
+        cache, found = jax.lax.scan(lambda c, t: model.extend(t, c)[::-1], model.cache(2), steps)
+    assert cache.length.dtype == jnp.int32 and cache.length == 9
+    np.testing.assert_allclose(found[:, :, 0].swapaxes(0, 1), apply(model, tokens), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["dense", "monarch", "blast", "low_rank"])
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3)])
+def test_no_tokens_give_no_logits(method, shape, model):
+    if method != "dense":
+        model, _ = compress(model, method, rank=1)
+    tokens = jnp.zeros(shape, int)
+    logits, cache = extend(model, tokens, model.cache(shape[0]))
+    assert logits.shape == apply(model, tokens).shape == (*shape, 23)
+    assert cache.length == shape[1] and cache.keys[0].shape == (shape[0], 12, 3, 8)
 
 
 def test_greedy_sequences_take_the_likeliest_token(model, tokens):

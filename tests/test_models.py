@@ -304,6 +304,10 @@ def test_every_name_runs(name):
         assert logits.shape == (3, 7)
 
 
+def test_vit_takes_an_empty_batch():
+    assert models.create("vit_tiny", rngs=KEYS)(jnp.ones((0, 32, 32, 3))).shape == (0, 1000)
+
+
 def test_registry():
     assert models.list() == tuple(sorted(models.list()))
     assert {f"unireplknet_{variant}" for variant in COUNTS} <= set(models.list("unireplknet_*"))

@@ -88,7 +88,8 @@ def check_arrays(name: str, x: Any, floats: Mapping[str, Any], weights: Mapping[
     if x.ndim < 1:
         raise ValueError(f"{name}: `x` must be (..., inputs), got shape ()")
     for label, a in {"x": x, **weights, **floats}.items():
-        if 0 in a.shape:
+        # Of tokens there may be none.
+        if 0 in (a.shape[-1:] if label == "x" else a.shape):
             raise ValueError(f"{name}: sizes must be positive, got `{label}` of shape {a.shape}")
 
 

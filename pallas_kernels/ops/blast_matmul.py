@@ -59,7 +59,7 @@ def blast_matmul(
 
     Raises:
       TypeError: an argument is not an array of one of these dtypes.
-      ValueError: sizes don't factor, or are 0.
+      ValueError: sizes don't factor, or are 0, but for the number of tokens.
       NotImplementedError: `implementation="pallas"` can't run here.
 
     Example:
@@ -74,21 +74,23 @@ def blast_matmul(
     """
     choice = dispatch.choose(implementation)
     _check(x, u, s, v)
-    shape = x.shape[:-1]
+    shape = (*x.shape[:-1], len(u) * u.shape[-1])
     x, (v, s, u) = prepared(x, v, s, u)
-    return multiply(BLAST, choice, x, (v, s, u)).reshape(*shape, -1)
+    if not len(x):
+        return jnp.zeros(shape, x.dtype)
+    return multiply(BLAST, choice, x, (v, s, u)).reshape(shape)
 
 
 def reference(x: jax.Array, u: jax.Array, s: jax.Array, v: jax.Array) -> jax.Array:
     """The definition, summed in float32 at least."""
     _check(x, u, s, v)
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    blocks = x.reshape(*x.shape[:-1], len(v), -1).astype(wide)
+    blocks = x.reshape(*x.shape[:-1], len(v), v.shape[-1]).astype(wide)
     u, s, v = (f.astype(wide) for f in (u, s, v))
     y = jnp.einsum("...kp,krp->...kr", blocks, v, precision="highest")
     z = jnp.einsum("jkr,...kr->...jr", s, y, precision="highest")
     out = jnp.einsum("...jr,jrq->...jq", z, u, precision="highest")
-    return out.reshape(*x.shape[:-1], -1).astype(x.dtype)
+    return out.reshape(*x.shape[:-1], len(u) * u.shape[-1]).astype(x.dtype)
 
 
 def to_dense(u: jax.Array, s: jax.Array, v: jax.Array) -> jax.Array:

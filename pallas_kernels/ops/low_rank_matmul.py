@@ -46,7 +46,7 @@ def low_rank_matmul(
 
     Raises:
       TypeError: an argument is not an array of one of these dtypes.
-      ValueError: sizes don't fit, or are 0.
+      ValueError: sizes don't fit, or are 0, but for the number of tokens.
       NotImplementedError: `implementation="pallas"` can't run here.
 
     Example:
@@ -58,9 +58,11 @@ def low_rank_matmul(
     """
     choice = dispatch.choose(implementation)
     _check(x, u, v, scale)
-    shape = x.shape[:-1]
+    shape = (*x.shape[:-1], u.shape[-1])
     x, (v, u, scale) = prepared(x, v[None], u[None], None if scale is None else scale[None, None])
-    return multiply(MONARCH, choice, x, (v, u, scale)).reshape(*shape, -1)
+    if not len(x):
+        return jnp.zeros(shape, x.dtype)
+    return multiply(MONARCH, choice, x, (v, u, scale)).reshape(shape)
 
 
 def reference(x: jax.Array, u: jax.Array, v: jax.Array, scale: jax.Array | None = None) -> jax.Array:

@@ -70,7 +70,7 @@ def monarch_matmul(
 
     Raises:
       TypeError: an argument is not an array of one of these dtypes.
-      ValueError: sizes don't factor, or are 0.
+      ValueError: sizes don't factor, or are 0, but for the number of tokens.
       NotImplementedError: `implementation="pallas"` can't run here.
 
     Example:
@@ -85,14 +85,16 @@ def monarch_matmul(
     """
     choice = dispatch.choose(implementation)
     b1, b2, t = _sizes(x, w1, w2, scale, order)
-    shape = x.shape[:-1]
+    shape = (*x.shape[:-1], b2 * w2.shape[-1])
     x, (w1, w2, scale) = prepared(x, w1, w2, scale)
+    if not len(x):
+        return jnp.zeros(shape, x.dtype)
     if order == "interleaved":
         w1 = w1.reshape(b1, t, b2, -1).swapaxes(1, 2).reshape(w1.shape)
     y = multiply(MONARCH, choice, x, (w1, w2, scale))
     if order == "interleaved":
         y = y.reshape(-1, b2, w2.shape[-1]).swapaxes(1, 2)
-    return y.reshape(*shape, -1)
+    return y.reshape(shape)
 
 
 def reference(
