@@ -84,9 +84,10 @@ def run(names: list[str], *, out: str | None = None, only: str | None = None, ap
     """
     plot = _pyplot() if out else None
     known = operators.benchmarks()
-    jobs = [(known[n], c) for n in names for c in known[n].bench_cases() if only is None or only in c.name]
-    if not jobs:
-        raise ValueError(f"no case of {', '.join(names)} has {only!r} in its name")
+    jobs = operators.named(((known[n], c) for n in names for c in known[n].bench_cases()), only)
+    if out:  # what can't be written is said before anything is timed
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).touch()
     device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPUs"
     print(f"jax {jax.__version__} on {device}; times in ms: median [quartiles]", flush=True)
     timings: list[Timing] = []
@@ -254,7 +255,7 @@ def _pyplot() -> Any:
 
 
 def _write(timings: list[Timing], path: Path, plot: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    chart = path.with_suffix(".png") if path.suffix == ".csv" else Path(f"{path}.png")
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(Timing._fields)
@@ -280,6 +281,6 @@ def _write(timings: list[Timing], path: Path, plot: Any) -> None:
     panels[0][0].invert_yaxis()
     if names:
         panels[0][-1].legend(fontsize="small")
-    figure.savefig(path.with_suffix(".png"), dpi=150, bbox_inches="tight")
+    figure.savefig(chart, dpi=150, bbox_inches="tight")
     plot.close(figure)
-    print(f"wrote {path} and {path.with_suffix('.png')}", file=sys.stderr)
+    print(f"wrote {path} and {chart}", file=sys.stderr)

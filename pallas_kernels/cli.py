@@ -20,12 +20,15 @@ import jax
 from absl import flags
 
 from pallas_kernels import aot, demos, testing
-from pallas_kernels.operators import Case, Operator, benchmarks, operators
+from pallas_kernels.operators import Case, NoSuchCase, Operator, benchmarks, named, operators
 from pallas_kernels.progress import Progress
 
 
 class UsageError(Exception):
     """A mistake in the command line; the message says all."""
+
+
+_BAD_PATHS = FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return status
-    except (UsageError, flags.Error, FileNotFoundError, IsADirectoryError, PermissionError) as e:
+    except (UsageError, NoSuchCase, flags.Error, *_BAD_PATHS) as e:
         status, message = 2, str(e)
     except ImportError as e:
         if "pip install" not in str(e):
@@ -180,15 +183,16 @@ def _compile(values: flags.FlagValues, names: list[str]) -> int:
     targets = list(aot.TARGETS) if "all" in targets else targets
     for target in targets:
         aot.target_named(target)
+    if not targets:
+        raise UsageError("--target names none")
+    cases = (
+        (operator, case) for operator in _operators(names) for case in operator.compile_cases(values.full)
+    )
     jobs = [
         job
-        for operator in _operators(names)
-        for case in operator.compile_cases(values.full)
-        if values.only is None or values.only in case.name
+        for operator, case in named(cases, values.only)
         for job in _jobs(operator, case, targets, values.rivals)
     ]
-    if not jobs:
-        raise UsageError(f"no case has {values.only!r} in its name")
     reports, rows = [], _rows_of(values.out)
     done = {(call, target) for call, target, *_ in rows}
     jobs = [job for job in jobs if (job.name, job.target) not in done]
@@ -219,8 +223,8 @@ def _rows_of(path: str | None) -> list[tuple[str, ...]]:
     """What an earlier run wrote to a file."""
     if path is None or not os.path.exists(path):
         return []
-    with open(path, newline="") as file:
-        header, *rows = map(tuple, csv.reader(file))
+    with open(path, newline="", errors="replace") as file:
+        header, *rows = map(tuple, csv.reader(file)) if os.path.getsize(path) else [_COMPILED]
     if header != _COMPILED:
         raise UsageError(f"{path} is there, and is not of this command: {','.join(header)}")
     return rows
@@ -389,7 +393,7 @@ COMMANDS = {
         _bench,
         "[OPERATOR...]",
         (
-            (flags.DEFINE_string, "out", None, "the CSV to write"),
+            (flags.DEFINE_string, "out", None, "the CSV to write, with a chart beside it"),
             (flags.DEFINE_string, "only", None, "time the cases with this in their name"),
             (flags.DEFINE_bool, "apart", False, "a process for each contestant, and its peak memory"),
         ),

@@ -5,7 +5,7 @@ An operator's module in `pallas_kernels.ops` states it once, as `OPERATOR`.
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,3 +78,15 @@ def benchmarks() -> dict[str, Operator]:
     from pallas_kernels.he._benchmark import BENCHMARK
 
     return {**operators(), BENCHMARK.name: BENCHMARK}
+
+
+class NoSuchCase(ValueError):
+    """No case has a name like the one asked for."""
+
+
+def named(cases: Iterable[tuple[Operator, Case]], only: str | None) -> list[tuple[Operator, Case]]:
+    """Those with `only` in the case's name, or all."""
+    chosen = [(operator, case) for operator, case in cases if only is None or only in case.name]
+    if not chosen:
+        raise NoSuchCase(f"no case has {only!r} in its name")
+    return chosen

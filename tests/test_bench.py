@@ -104,8 +104,22 @@ def test_encrypted_products_are_right() -> None:
 
 
 def test_no_such_case() -> None:
-    with pytest.raises(ValueError, match=r"no case of scaled has '9x9' in its name"):
+    with pytest.raises(ValueError, match=r"no case has '9x9' in its name"):
         bench.run(["scaled"], only="9x9")
+
+
+def test_a_chart_never_takes_the_place_of_the_times(tmp_path: Path) -> None:
+    out = tmp_path / "times.png"
+    bench.run(["scaled"], out=str(out), only="by")
+    assert out.read_text().startswith(",".join(bench.Timing._fields))
+    assert (tmp_path / "times.png.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_written_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench, "time_case", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        bench.run(["scaled"], out=str(tmp_path / "file" / "times.csv"))
 
 
 def test_a_missing_matplotlib_is_said_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:

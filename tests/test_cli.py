@@ -240,6 +240,31 @@ def test_compile_leaves_other_files_alone(capsys: pytest.CaptureFixture[str], tm
     assert (tmp_path / "mine.csv").read_text() == "a,b\n1,2\n"
 
 
+def test_compile_fills_an_empty_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (out := tmp_path / "compiled.csv").touch()
+    assert cli.main(["compile", "double", "--target=sm_80", "--only=16x128", f"--out={out}"]) == 0
+    assert out.read_text().startswith("call,target") and len(out.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compile", "--target="], "--target names none"),
+        (["compile", "--target=sm_80", "--out={}/file/x.csv"], "Not a directory"),
+        (["compile", "--target=sm_80", "--out={}/file"], "is not of this command"),
+        (["compile", "--only=9x9"], "no case has '9x9' in its name"),
+        (["bench", "--only=9x9"], "no case has '9x9' in its name"),
+    ],
+)
+def test_mistakes_take_a_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(b"\xff\x00\n")
+    assert cli.main([a.format(tmp_path) for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
 def test_a_family_stands_for_its_operators(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
