@@ -83,6 +83,18 @@ def test_depthwise_conv_dtypes(random):
     assert nn.DepthwiseConv(3, 3, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))(x).dtype == jnp.float32
 
 
+def test_depthwise_conv_takes_the_integers_and_sequences_of_its_operator(random):
+    one, three, pads = np.int64(1), np.int64(3), [[1, 1], [1, 1]]
+    make: Any = nn.DepthwiseConv
+    conv = make(4, three, one, padding=one, dilation=one, rngs=nnx.Rngs(0))
+    same = make(4, [3, 3], [1, 1], padding=pads, dilation=[1, 1], rngs=nnx.Rngs(0))
+    x = jnp.float32(random.normal(size=(2, 5, 6, 4)))
+    for layer in conv, same:
+        np.testing.assert_array_equal(nnx.jit(lambda layer: layer(x))(layer), conv(x))
+    with pytest.raises(ValueError, match=r"or 1 \(before, after\) pairs, got \(2, 0\)"):
+        make(4, (3,), padding=(2, 0), rngs=nnx.Rngs(0))(x[0])
+
+
 def test_depthwise_conv_refuses_other_shapes():
     conv: Any = nn.DepthwiseConv(3, 3, rngs=nnx.Rngs(0))
     for shape in (1, 5, 5, 4), (5, 5, 3), (1, 5, 5, 5, 3):
@@ -173,6 +185,17 @@ def test_fold_batch_norm(random):
     np.testing.assert_allclose(
         x @ f64(folded) + f64(folded_bias), batch_norm(x @ kernel + bias, norm), atol=1e-5
     )
+
+
+@pytest.mark.parametrize("parts", [{"use_scale": False}, {"use_bias": False}])
+def test_a_batch_norm_without_a_scale_or_bias_is_merged(parts, random):
+    conv: Any = nn.DepthwiseConv(4, 3, rngs=nnx.Rngs(0))
+    norm: Any = nnx.BatchNorm(4, **parts, rngs=nnx.Rngs(0))
+    randomize(conv, random)
+    randomize(norm, random)
+    norm.eval()
+    x = jnp.float32(random.normal(size=(2, 5, 6, 4)))
+    np.testing.assert_allclose(conv.merge(norm)(x), norm(conv(x)), rtol=1e-4, atol=1e-4)
 
 
 def grn(x, gamma, beta):

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from pallas_kernels.nn.normalization import BatchNorm, fold_batch_norm
@@ -86,7 +87,8 @@ class DepthwiseConv(nnx.Module):
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
-        self.kernel_size = (kernel_size,) * 2 if isinstance(kernel_size, int) else tuple(kernel_size)
+        size = _hashable(kernel_size)
+        self.kernel_size = (size,) * 2 if isinstance(size, int) else size
         if len(self.kernel_size) not in (1, 2):
             raise ValueError(f"got kernel_size={kernel_size}, expected one or two dimensions")
         shape = (*self.kernel_size, features)
@@ -94,9 +96,7 @@ class DepthwiseConv(nnx.Module):
         self.bias = nnx.data(
             nnx.Param(bias_init(rngs.params(), (features,), param_dtype)) if use_bias else None
         )
-        self.strides = strides if isinstance(strides, int) else tuple(strides)
-        self.padding = padding if isinstance(padding, str | int) else tuple((lo, hi) for lo, hi in padding)
-        self.dilation = dilation if isinstance(dilation, int) else tuple(dilation)
+        self.strides, self.padding, self.dilation = map(_hashable, (strides, padding, dilation))
         self.dtype = dtype
         self.implementation = implementation
 
@@ -128,6 +128,15 @@ class DepthwiseConv(nnx.Module):
         dtype = self.kernel[...].dtype
         conv.kernel, conv.bias = nnx.Param(kernel.astype(dtype)), nnx.Param(bias.astype(dtype))
         return conv
+
+
+def _hashable(option: Any) -> Any:
+    """As Flax hashes and compares it: Python's numbers, sequences as tuples. The operator checks what they hold."""
+    if isinstance(option, np.generic):
+        return option.item()
+    if isinstance(option, str) or not np.iterable(option):
+        return option
+    return tuple(map(_hashable, option))
 
 
 class DilatedReparamConv(nnx.Module):

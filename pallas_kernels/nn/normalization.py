@@ -62,7 +62,7 @@ def fold_batch_norm(
     Args:
       kernel: (..., C), output channels last: of a depthwise convolution, a convolution or a Linear.
       bias: (C,), or 0.
-      norm: a BatchNorm over the C channels.
+      norm: a BatchNorm over the C channels; a scale that it lacks is 1, a bias 0.
 
     Returns:
       (kernel', bias') in the dtype of the statistics, float32 or wider, so that several folds round once.
@@ -77,6 +77,7 @@ def fold_batch_norm(
 
     Source: Ding et al., RepVGG, arXiv:2101.03697, equation 3.
     """
-    assert norm.scale is not None and norm.bias is not None
-    scale = norm.scale[...] / jnp.sqrt(norm.var[...] + norm.epsilon)
-    return kernel * scale, norm.bias[...] + (bias - norm.mean[...]) * scale
+    gamma = 1.0 if norm.scale is None else norm.scale[...]
+    beta = 0.0 if norm.bias is None else norm.bias[...]
+    scale = gamma / jnp.sqrt(norm.var[...] + norm.epsilon)
+    return kernel * scale, beta + (bias - norm.mean[...]) * scale
