@@ -13,6 +13,8 @@ from pallas_kernels.nn import BatchNorm, SGConv
 # Takes the number of features and `rngs`; (B, L, C) to (B, L, C).
 Mixer = Callable[..., nnx.Module]
 
+_NORMS = {"batch": BatchNorm, "layer": nnx.LayerNorm}
+
 
 class Block(nnx.Module):
     """One residual block: x + dropout(mixer(norm(x))), or with the norm last, norm(x + dropout(mixer(x)))."""
@@ -21,8 +23,10 @@ class Block(nnx.Module):
         self, features: int, mixer: Mixer, *, norm: Literal["batch", "layer"], norm_first: bool,
         dropout: float, rngs: nnx.Rngs,
     ):  # fmt: skip
+        if norm not in _NORMS:
+            raise ValueError(f"got norm={norm!r}, expected 'batch' or 'layer'")
         self.mixer = mixer(features, rngs=rngs)
-        self.norm = {"batch": BatchNorm, "layer": nnx.LayerNorm}[norm](features, rngs=rngs)
+        self.norm = _NORMS[norm](features, rngs=rngs)
         self.norm_first = norm_first
         # One draw for all of the sequence.
         self.dropout = nnx.Dropout(dropout, broadcast_dims=(1,), rngs=rngs)
@@ -51,7 +55,7 @@ class SequenceClassifier(nnx.Module):
     Returns (of a call): logits (B, num_classes) for tokens (B, L), integers, or numbers (B, L, in_features).
 
     Raises:
-      ValueError: from a call, an input of another shape.
+      ValueError: there is no such norm or pool; from a call, an input of another shape.
 
     Example:
       >>> import functools
@@ -82,6 +86,8 @@ class SequenceClassifier(nnx.Module):
         pool: Literal["mean", "last"] = "mean",
         rngs: nnx.Rngs,
     ):
+        if pool not in ("mean", "last"):
+            raise ValueError(f"got pool={pool!r}, expected 'mean' or 'last'")
         self.vocabulary, self.in_features, self.pool = vocabulary, in_features, pool
         if vocabulary is None:
             self.encoder = nnx.Linear(in_features, features, rngs=rngs)

@@ -74,6 +74,9 @@ def test_the_kernel_is_cropped_or_filled_up(length, random):
         ({"weights": jnp.ones((3, 4, 4), int)}, TypeError, "int32"),
         ({"weights": jnp.ones((3, 4, 4)), "combine": "add"}, ValueError, "'add'"),
         ({"weights": jnp.ones((3, 4, 4)), "interpolation": "cubic"}, ValueError, "'cubic'"),
+        ({"weights": jnp.ones((3, 4, 4)), "init_scale": -1}, ValueError, "got -1 and None"),
+        ({"weights": jnp.ones((3, 4, 4)), "length": 0}, ValueError, "got 0 and 0"),
+        ({"weights": jnp.ones((3, 4, 4)), "length": -3}, ValueError, "got 0 and -3"),
     ],
     ids=str,
 )
@@ -81,6 +84,16 @@ def test_bad_weights_are_refused(arguments, error, words):
     with pytest.raises(error) as caught:
         pk.sgconv_kernel(**arguments)
     assert words in str(caught.value)
+
+
+def test_sgconv_refuses_to_coarsen():
+    with pytest.raises(ValueError, match="`init_scale` must be 0 or more"):
+        SGConv(2, length=16, kernel_dim=4, init_scale=-1, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("options", [{"decay": jnp.ones(2)}, {"norm": jnp.ones((1, 2))}], ids=str)
+def test_the_kernel_has_the_dtype_of_the_weights(options):
+    assert pk.sgconv_kernel(jnp.ones((3, 4, 2), jnp.bfloat16), **options).dtype == jnp.bfloat16
 
 
 MIXERS = {
@@ -181,6 +194,17 @@ def test_long_conv_smooths_the_spectrum():
     )
 
 
+def test_a_spectrum_is_smoothed_in_float64():
+    with lowering.enable_x64():
+        layer = LongConv(
+            2, length=50, squash=0.0, smooth="frequency", param_dtype=jnp.float64, rngs=nnx.Rngs(0)
+        )
+        taps, k = np.asarray(layer.taps[...])[0, :, 1], np.asarray(layer.kernel(50))[0, :, 1]
+    weights = np.exp(-((np.arange(7) - 3) ** 2) / 2)
+    expected = np.fft.irfft(np.convolve(np.fft.rfft(taps), weights, "same"), 50)
+    np.testing.assert_allclose(k, expected, rtol=1e-12, atol=1e-15)
+
+
 def test_kernels_of_hyena_are_the_published_function_of_time(random):
     layer = Hyena(3, length=12, order=3, waves=2, filter_features=5, rngs=nnx.Rngs(0))
     layer.frequency[...] = jnp.asarray(random.uniform(1, 9, 5), jnp.float32)
@@ -256,6 +280,15 @@ def test_classifiers_read_tokens_or_numbers(random):
         assert model(jnp.asarray(x)).shape == (2, 4)
         with pytest.raises(ValueError, match="expected"):
             model(jnp.ones((2, 32, 7)))
+
+
+@pytest.mark.parametrize(("option", "name"), [("norm", "rms"), ("pool", "max")])
+def test_classifiers_refuse_unknown_options(option, name):
+    options = {option: name}
+    with pytest.raises(ValueError, match=f"got {option}='{name}', expected"):
+        SequenceClassifier(
+            1, 4, functools.partial(SGConv, length=8), num_classes=2, rngs=nnx.Rngs(0), **options
+        )
 
 
 def test_the_language_model_is_causal(random):

@@ -244,7 +244,8 @@ class LongConv(_LongMixer):
             k = _window_sum(k, np.full(self.window, 1 / self.window))
         elif self.smooth == "frequency":
             weights = np.exp(-0.5 * (np.arange(self.window) - self.window // 2) ** 2)
-            spectrum = _window_sum(jnp.fft.rfft(k.astype(jnp.float32), axis=1), weights)
+            wide = k.astype(jnp.promote_types(k.dtype, jnp.float32))
+            spectrum = _window_sum(jnp.fft.rfft(wide, axis=1), weights)
             k = jnp.fft.irfft(spectrum, k.shape[1], axis=1).astype(k.dtype)
         k = jnp.sign(k) * jnp.maximum(jnp.abs(k) - self.squash, 0)
         return self.kernel_dropout(k)[:, :length]

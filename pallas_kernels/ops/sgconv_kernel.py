@@ -45,7 +45,8 @@ def sgconv_kernel(
 
     Raises:
       TypeError: the weights are not an array of floating-point numbers.
-      ValueError: they have fewer than three dimensions or none along one, or an option is unknown.
+      ValueError: they have fewer than three dimensions or none along one, an option is unknown, the length is less
+        than 1, or the init_scale less than 0.
 
     Example:
       >>> import jax.numpy as jnp
@@ -67,6 +68,11 @@ def sgconv_kernel(
             "sgconv_kernel: `combine` must be 'cat' or 'sum' and `interpolation` 'linear' or 'nearest', "
             f"got {combine!r} and {interpolation!r}"
         )
+    if init_scale < 0 or (length is not None and length < 1):
+        raise ValueError(
+            "sgconv_kernel: `init_scale` must be 0 or more and `length` None or 1 or more, "
+            f"got {init_scale} and {length}"
+        )
     scales, taps = len(weights), weights.shape[-2] << (len(weights) - 1 + init_scale)
     multiplier = jnp.asarray(multiplier, weights.dtype)
     parts = [
@@ -78,8 +84,8 @@ def sgconv_kernel(
     if decay is not None:
         t = jnp.arange(1, taps + 1, dtype=weights.dtype)[:, None]
         kernel = kernel * jnp.exp(-decay[..., None, :] * jnp.log(t))
-    kernel = _resized(kernel, length or taps)
-    return kernel if norm is None else kernel / norm
+    kernel = _resized(kernel, taps if length is None else length)
+    return (kernel if norm is None else kernel / norm).astype(weights.dtype)
 
 
 def _upsample(w: jax.Array, factor: int, interpolation: Interpolation) -> jax.Array:
