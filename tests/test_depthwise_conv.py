@@ -462,7 +462,7 @@ def test_interpreted_pallas_refuses_float64(platform):
     ("lhs", "rhs", "options"),
     [
         ((2, 7, 8, 6), (3, 5, 1, 6), {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}),
-        ((2, 6, 7, 8), (6, 1, 3, 5), {}),
+        ((2, 6, 7, 8), (6, 1, 3, 5), {"padding": "same"}),
         ((2, 6, 7, 8), (6, 1, 3, 5), {"window_strides": (2, 1), "padding": ((1, 2), (0, -1))}),
         ((2, 9, 6), (4, 1, 6), {"dimension_numbers": ("NWC", "WIO", "NWC"), "window_strides": (2,)}),
         ((7, 6, 2, 8), (3, 6, 1, 5), {"dimension_numbers": ("HCNW", "HOIW", "WNCH")}),
@@ -504,6 +504,8 @@ def test_conv_general_dilated_is_that_of_lax(lhs, rhs, options, random):
         ),
         ((6, 1, 7, 8), (6, 1, 3, 3), {"batch_group_count": 6}),
         ((2, 6, 4, 5, 5), (6, 1, 3, 3, 3), {"feature_group_count": 6}),
+        ((0, 6, 7, 8), (6, 1, 3, 3), {"feature_group_count": 6}),
+        ((2, 6, 2, 2), (6, 1, 3, 3), {"feature_group_count": 6, "padding": "VALID"}),
         ((2, 6, 7, 8), (6, 1, 3, 3), {"feature_group_count": 6, "preferred_element_type": jnp.float32}),
     ],
     ids=str,
@@ -517,6 +519,17 @@ def test_conv_general_dilated_hands_the_rest_to_lax(lhs, rhs, options, random):
     assert got.dtype == expected.dtype and (got == expected).all()
     text = lowered(functools.partial(pk.conv_general_dilated, **options), lhs, rhs, platform="tpu")
     assert not kernels_in(text)
+
+
+@pytest.mark.parametrize("wrong", [{"padding": 1}, {"padding": "some"}, {"rhs_dilation": (0, 1)}], ids=str)
+def test_conv_general_dilated_refuses_what_lax_does(wrong):
+    options = {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 6, **wrong}
+    errors = []
+    for f in (pk.conv_general_dilated, lax.conv_general_dilated):
+        with pytest.raises((TypeError, ValueError, RuntimeError)) as e:
+            f(jnp.ones((2, 6, 7, 8)), jnp.ones((6, 1, 3, 3)), **options)
+        errors.append((e.type, str(e.value)))
+    assert errors[0] == errors[1]
 
 
 def test_conv_general_dilated_of_integers_is_that_of_lax(random):

@@ -222,6 +222,18 @@ def test_channels_on_lanes(shape, dtype, precision, gated, random):
         assert error(a, want) <= ERRORS[precision]
 
 
+@pytest.mark.parametrize("mode", ["causal", "bidirectional", "circular"])
+@pytest.mark.parametrize("dtypes", [("float32", "float64"), ("float64", "float32"), ("bfloat16", "float64")])
+def test_gradients_have_the_dtypes_of_their_arrays(dtypes, mode, random):
+    with lowering.enable_x64():
+        k = normal(random, *(2, 8, 2)[mode != "bidirectional" :])
+        u, k = (jnp.asarray(a, dtype) for a, dtype in zip((normal(random, 1, 8, 2), k), dtypes, strict=True))
+        of = lambda u, k: jnp.sum(jnp.sin(pk.fft_conv(u, k, mode=mode).astype(jnp.float64)))  # noqa: E731
+        gradients = jax.grad(of, (0, 1))(u, k)
+        again = jax.grad(lambda k: jnp.sum(jax.grad(of, 1)(u, k) ** 2))(k)
+    assert (*(str(d.dtype) for d in gradients), again.dtype) == (*dtypes, dtypes[1])
+
+
 # Causality
 
 

@@ -238,8 +238,11 @@ def _lane_choices(n: int, c: int, itemsize: int, plan: Plan, gradient: bool) -> 
     whole = -(-c // LANES)
     for lanes in (part for part in range(1, 9) if whole % part == 0):
         choice = plan._replace(lanes=lanes)
+        sources, targets = _sides(choice, c, itemsize, gradient)
+        if lanes % 4 == 0 and not sources.copied:
+            continue  # Columns are so many registers apart, whose loads meet in the banks of VMEM.
         yield choice
-        if lanes > 1 and (c % LANES == 0 or all(s.copied for s in _sides(choice, c, itemsize, gradient))):
+        if lanes > 1 and (c % LANES == 0 or (sources.copied and targets.copied)):
             yield choice._replace(steps=True)
     for fold in FOLDS:
         choice = plan._replace(fold=fold, lanes=-(-fold * c // LANES), steps=True)

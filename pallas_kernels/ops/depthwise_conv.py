@@ -112,21 +112,28 @@ def conv_general_dilated(
       >>> conv(jnp.ones((1, 7, 7, 16))).shape
       (1, 7, 7, 16)
     """
+    convolve = functools.partial(
+        lax.conv_general_dilated, window_strides=window_strides, padding=padding, lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation, dimension_numbers=dimension_numbers, feature_group_count=feature_group_count,
+        batch_group_count=batch_group_count, precision=precision, preferred_element_type=preferred_element_type,
+        **options,
+    )  # fmt: skip
+    expected = jax.eval_shape(convolve, lhs, rhs)
     ours = (
         lhs.ndim in (3, 4)
-        and lhs.ndim == rhs.ndim
         and batch_group_count == 1
         and all(d == 1 for d in lhs_dilation or ())
-        and lhs.dtype == rhs.dtype
         and jnp.issubdtype(lhs.dtype, jnp.floating)
         and preferred_element_type in (None, lhs.dtype)
         and all(option is None for option in options.values())
+        and expected.size > 0
     )
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers) if ours else None
     if numbers is not None:
         x = lhs.transpose(numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
         w = rhs.transpose(*numbers.rhs_spec[2:], *numbers.rhs_spec[1::-1])
         if w.shape[-2:] == (1, x.shape[-1]) and feature_group_count == x.shape[-1]:
+            padding = padding.upper() if isinstance(padding, str) else padding
             y = depthwise_conv(
                 x, w[..., 0, :], strides=window_strides, padding=padding, dilation=rhs_dilation or 1
             )
@@ -135,10 +142,7 @@ def conv_general_dilated(
                 key=(numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1]).__getitem__,
             )
             return y.transpose(back)
-    return lax.conv_general_dilated(
-        lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
-        batch_group_count, precision, preferred_element_type, **options,
-    )  # fmt: skip
+    return convolve(lhs, rhs)
 
 
 def reference(

@@ -85,7 +85,7 @@ def fft_conv(
     given = {"u": u, "k": k, "skip": skip, "gate_in": gate_in, "gate_out": gate_out}
     given = {name: a for name, a in given.items() if a is not None}
     arrays = dict(zip(given, lowering.make_varying(*map(jnp.asarray, given.values())), strict=True))
-    h, lags = _taps(arrays["k"], u.shape[1], mode, first_backward_lag)
+    h, lags = _taps(arrays["k"].astype(_accumulator(u.dtype)), u.shape[1], mode, first_backward_lag)
     if mask is None and skip is not None:
         h = h.at[lags.zero].add(arrays.pop("skip").astype(h.dtype))
     if mask is not None:
@@ -257,8 +257,7 @@ def _run(kind: str, arrays: tuple[Any, ...], options: _Options) -> Any:
 
 
 def _taps(k: jax.Array, length: int, mode: Mode, first_backward_lag: int) -> tuple[jax.Array, Lags]:
-    """The kernel as one row of taps, at least in float32, of lags that a sequence of that length has."""
-    k = k.astype(_accumulator(k.dtype))
+    """The kernel as one row of taps, of lags that a sequence of that length has."""
     if mode == "causal":
         h = k[:length]
         return h, Lags(length, len(h), 0)
