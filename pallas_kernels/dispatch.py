@@ -80,7 +80,7 @@ def run(choice: Choice, *args: Any, name: str, xla: Callable[..., Any], tpu: Lau
     # A kernel may take seconds to trace: those of other platforms are left out where it is known which one it is for.
     described = described_platform()
     kernels = {
-        platform: functools.partial(_guarded, name, launcher)
+        platform: functools.partial(_guarded, name, launcher, xla)
         for platform, launcher in launchers.items()
         if not isinstance(launcher, str) and described in (None, platform)
     }
@@ -98,20 +98,20 @@ def run(choice: Choice, *args: Any, name: str, xla: Callable[..., Any], tpu: Lau
     return jax.lax.platform_dependent(*args, **kernels, default=lambda *a: _refuse(why, "always", xla(*a)))
 
 
-def supported_platforms(tpu: Launcher, cuda: Launcher) -> dict[str, str]:
-    """For each platform, "pallas" or the reason why an operator uses XLA there."""
-    return {
-        p: f"xla ({launcher})" if isinstance(launcher, str) else "pallas"
-        for p, launcher in {"tpu": tpu, "cuda": _local_gpu_problem() or cuda}.items()
-    }
-
-
-def _guarded(name: str, launcher: Callable[..., Any], *args: Any) -> Any:
+def _guarded(name: str, launcher: Callable[..., Any], xla: Callable[..., Any], *args: Any) -> Any:
     why = (
         f"{name}: a Pallas kernel can't be partitioned automatically (on a GPU it would gather its operands on every "
         "device). Call it inside jax.shard_map over the batch or channel axis, or use implementation='xla'"
     )
+    if any(map(_has_explicit_axes, jax.tree.leaves(args))):
+        return _refuse(why, "always", xla(*args))
     return launcher(*_refuse(why, "partitioned", args), interpret=False)
+
+
+def _has_explicit_axes(x: Any) -> bool:
+    """Whether an array's type says how it lies on the devices of a mesh, which `pallas_call` doesn't take."""
+    mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
+    return bool(getattr(mesh, "explicit_axes", ()))
 
 
 def _local_gpu_problem() -> str | None:

@@ -363,6 +363,13 @@ def test_a_child_that_has_grown_is_replaced(
     assert len(children) == programs and {child.returncode for child in children} == {0}
 
 
+@pytest.mark.parametrize("dtype", ["int64", "float64"])
+def test_arguments_of_64_bits(dtype: str) -> None:
+    with lowering.enable_x64():
+        report = aot.compile(lambda x: x + 1, jax.ShapeDtypeStruct((8,), dtype), target="v5e", estimate=False)
+    assert report.compiled, report.error
+
+
 def test_unknown_target() -> None:
     with pytest.raises(ValueError, match="unknown target 'v5', expected one of v4, v5e"):
         aot.compile(power_everywhere, X, target="v5")

@@ -358,6 +358,18 @@ def test_xla_partitions_without_gathering(mesh, split, k, random):
     assert_close(both(x, w)[0], reference(*arrays))
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_explicit_axes_are_left_to_xla_or_refused(devices, random):
+    explicit = jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Explicit,))
+    x, w = normal(random, 8, 5, 6, 16), normal(random, 3, 3, 16)
+    with jax.set_mesh(explicit):
+        placed = jax.device_put(x, NamedSharding(explicit, BATCH[0]))
+        assert_close(jax.jit(pk.depthwise_conv)(placed, w), reference(x, w))
+        for platform in ("tpu", "cuda"):
+            with pytest.raises(NotImplementedError, match="shard_map"):
+                lowered(pk.depthwise_conv, placed, w, platform=platform)
+
+
 # Interpret mode
 
 

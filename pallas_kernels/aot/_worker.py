@@ -71,6 +71,7 @@ def _compiler(mode: str, dump: str) -> Callable[[Task], Task]:
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
         TPU_LOG_DIR="disabled",  # a profile that aborts leaves gigabytes
         LIBTPU_INIT_ARGS=f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}",
+        JAX_ENABLE_X64="1",  # programs are traced already, and arguments of 64 bits stay so
     )
     return functools.partial(_tpu, directory=dump)
 
