@@ -5,6 +5,7 @@ import site
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ uv = pytest.importorskip("uv")
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
+FILES = ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff")
 FOLDERS = ("models", "ports", "tpu", "gpu")
 IMPORT_ALL = """
 import importlib, pkgutil
@@ -39,9 +41,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what is packaged, symlinks as they are: building leaves files in the folder."""
     copy = tmp_path_factory.mktemp("checkout")
     ignore = shutil.ignore_patterns("__pycache__")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in (*FILES, "MANIFEST.in"):
         shutil.copy(ROOT / name, copy)
-    for name in ("pallas_kernels", *FOLDERS):
+    for name in ("pallas_kernels", *FOLDERS, "tests"):
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignore)
     return copy
 
@@ -87,8 +89,19 @@ def test_the_wheel_holds_one_package_with_all_modules(wheel: Path) -> None:
     for folder in FOLDERS:
         expected |= {f"pallas_kernels/{p}" for p in modules(list((ROOT / folder).rglob("*.py")), ROOT)}
     assert {name for name in names if name.endswith(".py")} == expected
+    results = {f"pallas_kernels/{p}" for p in modules(list(ROOT.glob("?pu/results/*.csv")), ROOT)}
+    assert {name for name in names if name.endswith(".csv")} == results != set()
     assert "pallas_kernels/py.typed" in names
     assert any(name.endswith("/licenses/LICENSE") for name in names)
+
+
+def test_the_source_distribution_can_be_tested(wheel: Path) -> None:
+    (path,) = wheel.parent.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    tests = [p for p in (ROOT / "tests").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    assert modules(tests, ROOT) | set(FILES) <= names
+    assert not any("__pycache__" in name for name in names)
 
 
 def test_an_installed_wheel_imports_everywhere_and_has_its_command(wheel: Path, tmp_path: Path) -> None:
