@@ -226,7 +226,8 @@ def _group_choices(n: int, c: int, itemsize: int, plan: Plan, gradient: bool) ->
         if choice.repeats * code <= CODE_BUDGET:
             yield choice
             images = choice.programs(n, c)[0]
-            if gradient and plan.places == "batch" and choice.fold == 1 and not has_loop and images > 1:
+            can_loop = gradient and plan.places == "batch" and choice.fold == 1 and not has_loop
+            if can_loop and images > 1 and choice.repeats * code * min(GROUPS, images) <= CODE_BUDGET:
                 yield choice._replace(groups=images)
 
 
