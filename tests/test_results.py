@@ -34,7 +34,7 @@ LEAST_OF_NTT = {
 }
 
 # Of the vector units' peak, counting padded work, with 13x13 kernels: by the size of images whose channels fill the
-# lanes. Where they don't, images share them, which pads less and saves cycles, but leaves less to hide transfers behind.
+# lanes. Where they don't, images share them: that saves cycles, but leaves less work to hide transfers behind.
 LEAST_OF_CONVOLUTION = {
     "v5e": {7: 78, 12: 81, 14: 86, 24: 82, 28: 84, 48: 79},
     "v6e": {7: 83, 14: 89, 28: 79},
