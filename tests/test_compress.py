@@ -356,7 +356,7 @@ class Frozen(nnx.Param):
 )
 def test_what_a_layer_was_made_with_stays(options, method, rank, random, tmp_path):
     if "preferred_element_type" in options and not hasattr(linear_of({}), "preferred_element_type"):
-        pytest.skip("this Flax has no such option")
+        pytest.skip("nnx.Linear of this Flax has no preferred_element_type")
     model, x = linear_of(options), jnp.asarray(random.normal(size=(5, 16)), jnp.float32)
     small, _ = compress(nnx.Sequential(model), method, rank=rank)
     layer, restored = small.layers[0], restore(small).layers[0]

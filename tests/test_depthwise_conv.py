@@ -359,15 +359,18 @@ def test_xla_partitions_without_gathering(mesh, split, k, random):
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_explicit_axes_are_left_to_xla_or_refused(devices, random):
+@pytest.mark.parametrize("k", [3, 13])
+def test_explicit_axes_are_left_to_xla_or_refused(devices, k, random):
     explicit = jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Explicit,))
-    x, w = normal(random, 8, 5, 6, 16), normal(random, 3, 3, 16)
+    x, w = normal(random, 8, 5, 6, 16), normal(random, k, k, 16)
     with jax.set_mesh(explicit):
         placed = jax.device_put(x, NamedSharding(explicit, BATCH[0]))
         assert_close(jax.jit(pk.depthwise_conv)(placed, w), reference(x, w))
         for platform in ("tpu", "cuda"):
             with pytest.raises(NotImplementedError, match="shard_map"):
                 lowered(pk.depthwise_conv, placed, w, platform=platform)
+        inside = sharded(pk.depthwise_conv, explicit, BATCH)
+        assert kernels_in(lowered(inside, placed, w, platform="tpu")) == {"tpu"}
 
 
 # Interpret mode

@@ -183,13 +183,23 @@ def planned(shape: tuple[int, ...], kernel: int, gradient: bool) -> tpu.Plan:
 
 
 @pytest.mark.parametrize(
-    "shape, kernel", [((1, 64, 64, 64), 31), ((8, 56, 56, 96), 7), ((2, 224, 224, 40), 3)]
+    "shape, kernel",
+    [((1, 64, 64, 64), 31), ((8, 56, 56, 96), 7), ((2, 224, 224, 40), 3), ((32, 12, 12, 512), 13)],
 )
 @pytest.mark.parametrize("gradient", [False, True])
 def test_tpu_plans_fit(shape: tuple[int, ...], kernel: int, gradient: bool) -> None:
     plan, c = planned(shape, kernel, gradient), shape[-1]
     assert tpu._vmem_bytes(plan, c, 4, gradient) <= vmem_budget()
-    assert plan.repeats * tpu._program(plan.blocks, plan.strips, plan.unroll, gradient)[0] <= tpu.CODE_BUDGET
+    code = tpu._program(plan.blocks, plan.strips, plan.unroll, gradient)[0]
+    assert plan.repeats * code * min(tpu.GROUPS, plan.groups) <= tpu.CODE_BUDGET
+
+
+@pytest.mark.parametrize("channels", [1024, 1536, 2048])
+def test_tpu_columns_meet_in_no_bank(channels: int) -> None:
+    axis = Gather(Axis(7, 13, 1, 1, 6, 6))
+    plan = tpu._search(64, channels, 4, axis, axis, gradient=False, vmem=64 << 20, cores=1)
+    assert plan is not None
+    assert plan.lanes % 4 or tpu._sides(plan, channels, 4, gradient=False)[0].copied
 
 
 @pytest.mark.parametrize(

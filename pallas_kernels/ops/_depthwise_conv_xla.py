@@ -147,7 +147,10 @@ def _in_groups(x: jax.Array, w: jax.Array, axes: Axes, group: tuple[int, int], l
     if counts == (1, 1):
         y = _sum_of_taps(x, w, part)
     else:
-        zeros = jnp.zeros((*x.shape[:2], *(a.out for a in axes), lanes), x.dtype)
+        # Made of x, so that they lie on the devices of a mesh as it does.
+        zeros = jnp.broadcast_to(
+            jnp.zeros_like(x[:, :, :1, :1]), (*x.shape[:2], *(a.out for a in axes), lanes)
+        )
         y = lax.fori_loop(0, math.prod(counts), add, lowering.make_varying(zeros, x, w)[0])
     return y.transpose(0, 2, 3, 1, 4).reshape(x.shape[0], *y.shape[2:4], -1)
 
