@@ -152,6 +152,24 @@ def test_plans_of_blast_on_a_tpu(cores, monkeypatch, random):
     assert_close(got, backward(g)[1:])
 
 
+@pytest.mark.parametrize("cores", [1, 2])
+def test_blast_reads_large_factors_amid_the_first_program(cores, monkeypatch, random):
+    """Pieces of one block and of two, the last one short; a batch of factors comes as blocks."""
+    blocks = Blocks(5, 3, 6, 5, 24)
+    shapes = (40, 30), (5, 24, 6), (3, 5, 24), (3, 24, 5)
+    monkeypatch.setattr(tpu_blast, "cores", lambda: cores)
+    monkeypatch.setattr(tpu_blast, "STREAMED", 0)
+    monkeypatch.setattr(tpu_blast, "_plan", lambda *_, **__: tpu_blast.Plan(7, 6, 24, 1))
+    run = functools.partial(tpu_blast.multiply, blocks=blocks, interpret=True)
+    reference = lambda x, v, s, u: OPERATORS["blast_matmul"].reference(x, u, s, v)  # noqa: E731
+    x, v, s, u = arrays(random, shapes)
+    assert_close(run(x, v, s, u), reference(x, v, s, u))
+    batch = arrays(random, [(2, *shape) for shape in shapes])
+    assert_close(jax.vmap(run)(*batch), jax.vmap(reference)(*batch))
+    axes = (0, None, None, None)
+    assert_close(jax.vmap(run, axes)(batch[0], v, s, u), jax.vmap(reference, axes)(batch[0], v, s, u))
+
+
 @pytest.mark.parametrize("plan", [(1, 1, 3), (1, 3, 3), (2, 1, 3), (2, 3, 3), (1, 1, 1)])
 def test_plans_of_monarch_on_a_tpu(plan, monkeypatch, random):
     """Ragged tiles of tokens, and programs for some of the blocks; with a scale too."""
@@ -314,9 +332,20 @@ def test_shard_map_over_tokens(name, random):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["blast_matmul", "monarch_matmul"])
-def test_programs_of_a_grid_do_not_race(name, random):
-    x, *factors = arrays(random, ((40, 18), *SHAPES[name][1:]))
+@pytest.mark.parametrize(
+    ("name", "tokens", "plan"),
+    [
+        ("blast_matmul", 40, None),
+        ("blast_matmul", 48, tpu_blast.Plan(8, 6, 16, 1)),
+        ("monarch_matmul", 40, None),
+    ],
+)
+def test_programs_of_a_grid_do_not_race(name, tokens, plan, monkeypatch, random):
+    """Nor the copies of BLAST's factors with its products."""
+    if plan:
+        monkeypatch.setattr(tpu_blast, "STREAMED", 0)
+        monkeypatch.setattr(tpu_blast, "_plan", lambda *_, **__: plan)
+    x, *factors = arrays(random, ((tokens, 18), *SHAPES[name][1:]))
     f, reference = function(name, implementation="pallas"), OPERATORS[name].reference
     with testing.interpret("tpu", detect_races=True):
         got = gradients(f, 1 + len(factors))(x, *factors)
@@ -371,6 +400,20 @@ def test_a_tpu_fills_up_and_cuts_off_nothing(name, tokens):
     x = jax.ShapeDtypeStruct((tokens, x.shape[1]), x.dtype)
     text = lowered(function(name, implementation="pallas"), x, *factors, platform="tpu")
     assert not {op for op in ("stablehlo.pad", "stablehlo.slice", "stablehlo.transpose") if op in text}
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_large_factors_of_blast_are_lowered_alone_in_batches_and_in_shard_map(batched):
+    (case,) = (c for c in OPERATORS["blast_matmul"].compile_cases(True) if "1B up N1024" in c.name)
+    f, operands = function("blast_matmul"), case.arguments
+    if batched:
+        f, operands = jax.vmap(f), [jax.ShapeDtypeStruct((2, *a.shape), a.dtype) for a in operands]
+    split = (P(None, "d") if batched else P("d"), P(), P(), P())
+    inside = jax.shard_map(
+        f, mesh=Mesh(np.array(jax.devices()[:2]), ("d",)), in_specs=split, out_specs=split[0]
+    )
+    for program in (f, inside):
+        assert lowered(program, *operands, platform="tpu").count("tpu_custom_call") == 1
 
 
 def test_few_tokens_are_left_to_xla_on_a_gpu():

@@ -6,6 +6,7 @@ of the other ranks add to what it left there.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,14 +15,27 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks import Blocks, blast_work
-from pallas_kernels.kernels.blast_matmul import GROUP, gradients_stacked, multiply_stacked
+from pallas_kernels.kernels.blast_matmul import GROUP, expand, gradients_stacked, multiply_stacked
 from pallas_kernels.lowering import Work, launch
-from pallas_kernels.tpu.tiles import PARTS, cores, factor_spec, loadable, token_tiles, vmem_budget, vmem_limit
+from pallas_kernels.tpu.tiles import (
+    PARTS,
+    cores,
+    factor_spec,
+    loadable,
+    matrix_width,
+    token_tiles,
+    vmem_budget,
+    vmem_limit,
+)
 
 # Rows of bfloat16 in a tile of registers.
 GRAIN = 16
 # More ranks a program add nothing but code.
 MOST_RANKS = 2048
+# In how many pieces a factor is read from HBM.
+PIECES = 4
+# Bytes of factors from which on it pays that the first program doesn't wait for all of them: its code is there twice.
+STREAMED = 4 << 20
 TOO_LARGE = f"{GRAIN} ranks of all blocks don't fit in VMEM"
 
 
@@ -38,8 +52,33 @@ def multiply(
     x: jax.Array, v: jax.Array, s: jax.Array, u: jax.Array, *, blocks: Blocks, interpret: Any = False
 ) -> jax.Array:
     """x (n, b1 p), v (b1, r, p), s (b2, b1, r), u (b2, r, q) -> (n, b2 q) in x's dtype."""
-    dtype, n = x.dtype, len(x)
+    dtype = x.dtype
     x, v, s, u, plan = _planned(x, v, s, u, blocks, gradient=False)
+    run = functools.partial(_multiply, plan=plan, blocks=blocks, interpret=interpret)
+    if not _streams(plan, blocks, v.dtype.itemsize):
+        return run(x, v, s, u, streamed=False).astype(dtype)
+
+    stream = functools.partial(run, streamed=True)
+    if isinstance(
+        interpret, pltpu.InterpretParams
+    ):  # Its effects can't be lowered in a `custom_vmap` by JAX 0.7.2.
+        return stream(x, v, s, u).astype(dtype)
+
+    def in_blocks(_: int, batched: Sequence[bool], *arrays: jax.Array) -> tuple[jax.Array, bool]:
+        axes = [0 if some else None for some in batched]
+        return jax.vmap(functools.partial(run, streamed=False), axes)(*arrays), True
+
+    batchable = jax.custom_batching.custom_vmap(stream)
+    batchable.def_vmap(in_blocks)
+    return batchable(x, v, s, u).astype(dtype)
+
+
+def _multiply(
+    x: jax.Array, v: jax.Array, s: jax.Array, u: jax.Array, *, plan: Plan, blocks: Blocks, interpret: Any,
+    streamed: bool,
+) -> jax.Array:  # fmt: skip
+    """streamed: whether the factors come as `_Arriving`, or as blocks, which a batch of factors can be cut into too."""
+    n = len(x)
     b1, b2, p, q, _ = blocks
     tokens, tiles, ranks, parts = plan
     divided = math.gcd(tiles, cores())
@@ -50,27 +89,91 @@ def multiply(
         steps = tiles // divided * parts
         return lambda core, step: index(*_divmod(core * steps + step, parts))
 
-    out = launch(
-        functools.partial(multiply_stacked, blocks=blocks, parts=parts), x, v, s, u,
+    if streamed:
+        body: Any = _first_reads
+        v_spec = u_spec = pl.BlockSpec(memory_space=pl.ANY)
+        scratch: list[Any] = [pltpu.VMEM(f.shape, f.dtype) for f in (v, u)]
+        scratch.append(pltpu.SemaphoreType.DMA((2, PIECES)))
+    else:
+        body = _first_expands
+        v_spec, u_spec = (
+            factor_spec((b, ranks, size), at(lambda i, c: (0, c, 0)), whole) for b, size in ((b1, p), (b2, q))
+        )
+        scratch = [] if whole else [pltpu.VMEM((tokens, b2 * q), jnp.float32)]
+    return launch(
+        functools.partial(body, functools.partial(multiply_stacked, blocks=blocks, parts=parts)), x, v, s, u,
         platform="tpu", interpret=interpret, name="blast_matmul",
         grid=(divided, tiles // divided * parts),
         in_specs=[
             pl.BlockSpec((tokens, b1 * p), at(lambda i, c: (i, 0))),
-            factor_spec((b1, ranks, p), at(lambda i, c: (0, c, 0)), whole),
+            v_spec,
             factor_spec(s.shape, at(lambda i, c: (0, 0, 0)), True),
-            factor_spec((b2, ranks, q), at(lambda i, c: (0, c, 0)), whole),
+            u_spec,
         ],
         out_specs=pl.BlockSpec((tokens, b2 * q), at(lambda i, c: (i, 0))),
         out_shape=jax.ShapeDtypeStruct((n, b2 * q), x.dtype),
-        scratch_shapes=[
-            pltpu.VMEM(_matrices(blocks, plan), x.dtype),
-            *([] if whole else [pltpu.VMEM((tokens, b2 * q), jnp.float32)]),
-        ],
+        scratch_shapes=[pltpu.VMEM(_matrices(blocks, plan), x.dtype), *scratch],
         sequential=True,
         vmem_limit_bytes=vmem_limit(),
         work=_work(n, plan, blocks, x.dtype.itemsize, v.dtype.itemsize, products=1),
     )  # fmt: skip
-    return out.astype(dtype)
+
+
+def _first_expands(
+    run: Any, x_ref: Any, v_ref: Any, s_ref: Any, u_ref: Any, o_ref: Any, m_ref: Any, *scratch: Any
+) -> None:
+    pl.when(pl.program_id(1) == 0)(lambda: expand(s_ref, m_ref))
+    run(x_ref, v_ref, u_ref, o_ref, m_ref, *scratch)
+
+
+def _first_reads(
+    run: Any, x_ref: Any, v_hbm: Any, s_ref: Any, u_hbm: Any, o_ref: Any, m_ref: Any, v_ref: Any, u_ref: Any,
+    arrived: Any,
+) -> None:  # fmt: skip
+    """The first program reads the factors amid its work, in code of its own: each wait divides what is scheduled."""
+    first = pl.program_id(1) == 0
+
+    @pl.when(first)
+    def _() -> None:
+        v, u = _Arriving(v_hbm, v_ref, arrived.at[0]), _Arriving(u_hbm, u_ref, arrived.at[1])
+        v.start()
+        u.start()
+        expand(s_ref, m_ref)
+        run(x_ref, v, u, o_ref, m_ref)
+
+    pl.when(~first)(lambda: run(x_ref, v_ref, u_ref, o_ref, m_ref))
+
+
+class _Arriving(NamedTuple):
+    """The blocks of a factor, on their way from HBM to VMEM in pieces: to take the first of a piece is to wait."""
+
+    there: Any
+    here: Any
+    arrived: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.here.shape
+
+    @property
+    def _size(self) -> int:
+        """Blocks of a piece."""
+        return -(-len(self.here) // PIECES)
+
+    def _piece(self, block: int) -> Any:
+        """The copy of the piece that starts with a block."""
+        part = pl.ds(block, min(self._size, len(self.here) - block))
+        arrived = self.arrived.at[block // self._size]
+        return pltpu.make_async_copy(self.there.at[part], self.here.at[part], arrived)
+
+    def start(self) -> None:
+        for block in range(0, len(self.here), self._size):
+            self._piece(block).start()
+
+    def __getitem__(self, block: int) -> jax.Array:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if block % self._size == 0:
+            self._piece(block).wait()
+        return self.here[block]
 
 
 def gradients(
@@ -169,10 +272,26 @@ def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradie
     def quality(plan: Plan) -> tuple[int, ...]:
         tokens, tiles, ranks, parts = plan
         once = tiles == 1 or (parts == 1 and not gradient)  # the factors are read once
-        full = min(ranks, 128, r), min(tokens, 128), once, -ranks * parts, min(ranks, 256), tokens
+        # The first tile is short then, and so what arrives amid it isn't waited for.
+        most = matrix_width() if not gradient and _streams(plan, blocks, factor_itemsize) else tokens
+        full = (
+            min(ranks, 128, r),
+            min(tokens, 128),
+            once,
+            -ranks * parts,
+            min(ranks, 256),
+            min(tokens, most),
+            -tokens,
+        )
         return (*full, -max(PARTS, parts), parts) if tiles == 1 else (*full, ranks)
 
     return max(filter(fit, plans), key=quality, default=None)
+
+
+def _streams(plan: Plan, blocks: Blocks, factor_itemsize: int) -> bool:
+    """Whether the factors are all read once, by a program that others follow, and long enough to compute meanwhile."""
+    factors = blocks.rank * (blocks.b1 * blocks.p + blocks.b2 * blocks.q) * factor_itemsize
+    return plan.parts == 1 and plan.tiles > cores() and factors >= STREAMED
 
 
 def _planned(

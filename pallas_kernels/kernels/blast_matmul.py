@@ -20,16 +20,15 @@ GROUP = 8
 
 
 def multiply_stacked(
-    x_ref: Any, v_ref: Any, s_ref: Any, u_ref: Any, o_ref: Any, m_ref: Any, sum_ref: Any = None, *, blocks: Blocks,
-    parts: int,
+    x_ref: Any, v_ref: Any, u_ref: Any, o_ref: Any, m_ref: Any, sum_ref: Any = None, *, blocks: Blocks, parts: int
 ) -> None:  # fmt: skip
-    """x (n, b1 p), v (b1, r, p), s (b2, b1, all ranks), u (b2, r, q) -> o (n, b2 q).
+    """x (n, b1 p), v (b1, r, p), u (b2, r, q) -> o (n, b2 q).
 
-    m_ref: s expanded, by the first program, for all.
+    m_ref: s expanded by `expand`.
     sum_ref: (n, b2 q) in float32, where `parts` programs add up, of r ranks each.
     """
-    _expand_first(s_ref, m_ref)
-    part, ranks, dtype = lax.rem(pl.program_id(1), jnp.int32(parts)), v_ref.shape[1], x_ref.dtype
+    part = lax.rem(pl.program_id(1), jnp.int32(parts)) if parts > 1 else 0
+    ranks, dtype = v_ref.shape[1], x_ref.dtype
     y = _projected(x_ref[...], v_ref, blocks.b1)
     z = _mixed(_part(m_ref, part, parts), y, 2)
     outs = (
@@ -61,12 +60,12 @@ def gradients_stacked(
     The ranks are in `parts` parts; a core of the accelerator has some, and leaves zeros for the others in ds (1, ...).
     m_ref: s expanded. *_sum: in float32, what programs add up, of dm for all parts.
     """
-    _expand_first(s_ref, m_ref)
     step, steps = pl.program_id(1), pl.num_programs(1)
     tile, part = lax.rem(step, jnp.int32(tiles)), lax.div(step + pl.program_id(0) * steps, jnp.int32(tiles))
 
     @pl.when(step == 0)
     def _() -> None:
+        expand(s_ref, m_ref)
         dm_sum[...] = jnp.zeros_like(dm_sum)
 
     @pl.when(tile == 0)
@@ -93,25 +92,22 @@ def gradients_stacked(
         _contract(dm_sum, ds_ref)
 
 
-def _expand_first(s_ref: Any, m_ref: Any) -> None:
-    """Let the first program write s (b2, b1, r) as matrices (r / GROUP, b2 GROUP, b1 GROUP), diagonal in a group."""
-
-    @pl.when(pl.program_id(1) == 0)
-    def _() -> None:
-        b2, b1, r = s_ref.shape
-        # As many output blocks at once as fill a wide matrix unit.
-        at_once = next(m for m in range(max(1, 256 // (b1 * GROUP)), 0, -1) if b2 % m == 0)
-        spread, kept = _spread(at_once * b1, s_ref.dtype), _diagonal(r, at_once * b1)
-        blocks = []
-        for j in range(0, b2, at_once):
-            rows = s_ref[j : j + at_once].reshape(at_once * b1, r)
-            spread_rows = jnp.where(kept, dot(rows, spread, 0, 0), 0)
-            blocks += [_grouped(spread_rows[:, _columns(i, b1 * GROUP)], len(m_ref)) for i in range(at_once)]
-        m_ref[...] = jnp.stack(blocks, 1).reshape(m_ref.shape).astype(m_ref.dtype)
+def expand(s_ref: Any, m_ref: Any) -> None:
+    """Write s (b2, b1, r) as matrices (r / GROUP, b2 GROUP, b1 GROUP), diagonal in a group."""
+    b2, b1, r = s_ref.shape
+    # As many output blocks at once as fill a wide matrix unit.
+    at_once = next(m for m in range(max(1, 256 // (b1 * GROUP)), 0, -1) if b2 % m == 0)
+    spread, kept = _spread(at_once * b1, s_ref.dtype), _diagonal(r, at_once * b1)
+    blocks = []
+    for j in range(0, b2, at_once):
+        rows = s_ref[j : j + at_once].reshape(at_once * b1, r)
+        spread_rows = jnp.where(kept, dot(rows, spread, 0, 0), 0)
+        blocks += [_grouped(spread_rows[:, _columns(i, b1 * GROUP)], len(m_ref)) for i in range(at_once)]
+    m_ref[...] = jnp.stack(blocks, 1).reshape(m_ref.shape).astype(m_ref.dtype)
 
 
 def _contract(m_ref: Any, s_ref: Any) -> None:
-    """Write the entries that `_expand_first` fills, as (1, b2, b1, r)."""
+    """Write the entries that `expand` fills, as (1, b2, b1, r)."""
     _, b2, b1, r = s_ref.shape
     spread, kept = _spread(b1, m_ref.dtype), _diagonal(r, b1)
     for j in range(b2):
