@@ -195,6 +195,13 @@ class Blocks(NamedTuple):
             return min(max(start, 0), self.gather.sources - self.window)
         return jnp.clip(start, 0, self.gather.sources - self.window)
 
+    def reach(self, block: int) -> int:
+        """How many sources of a block its first target reads, those before it included."""
+        first, extent = self.gather.window(1)
+        return (
+            block * self.size * self.gather.advance // self.gather.period + first + extent - self.start(block)
+        )
+
     def targets(self, block: int) -> range:
         return range(block * self.size, min((block + 1) * self.size, self.gather.targets))
 

@@ -10,6 +10,7 @@ import pytest
 
 from pallas_kernels.gpu import depthwise_conv as gpu
 from pallas_kernels.ops.depthwise_conv import reference
+from pallas_kernels.tpu import _depthwise_conv_slabs as slabs
 from pallas_kernels.tpu import depthwise_conv as tpu
 from pallas_kernels.tpu.tiles import vmem_budget
 from pallas_kernels.windows import Axis, Blocks, Gather, Strips
@@ -126,6 +127,35 @@ def test_tpu_steps(
     assert_near(results(tpu, axes, x, w, g), expected(x, w, g, kernel, stride))
 
 
+@pytest.mark.parametrize("padding", [(1, 1), (4, 0)], ids=str)
+@pytest.mark.parametrize(
+    "places, block, lanes, dtype",
+    [
+        ("images", 99, 1, "float32"),
+        ("images", 4, 2, "float32"),
+        ("strips", 99, 1, "float32"),
+        ("strips", 4, 1, "float32"),
+        ("strips", 99, 2, "float32"),
+        ("batch", 99, 1, "bfloat16"),
+        ("batch", 2, 1, "bfloat16"),
+    ],
+)
+def test_tpu_rows_are_copied_amid_the_convolution_of_others(
+    monkeypatch: pytest.MonkeyPatch, places: Any, block: int, lanes: int, dtype: str, padding: tuple[int, int]
+) -> None:
+    """Alone and in twos, an odd number of them, at the edges of blocks and of images."""
+    rows, cols = Axis(9, 3, 1, 1, *padding), Axis(6, 2, 1, 1, 1, 0)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2 if places == "strips" else 8, 9, 6, 130 if lanes > 1 else 5)), dtype)
+    w = jnp.asarray(rng.normal(size=(3, 2, x.shape[-1])), jnp.float32)
+    plan = laid_out(Gather(rows), Gather(cols), places, block, lanes=lanes)
+    monkeypatch.setattr(tpu, "_plan", lambda *_, **__: plan)
+    monkeypatch.setattr(slabs, "MANY_TAPS", 1)
+    assert plan.streams
+    got = tpu.convolve(x, w, None, Gather(rows), Gather(cols), dtype=jnp.float32, interpret=True)
+    assert_near([got], [reference(x.astype(jnp.float32), w, padding=[padding, (1, 0)])])
+
+
 def test_tpu_kernel_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that fits no plan runs as two."""
     search = tpu._plan
@@ -192,6 +222,13 @@ def test_tpu_plans_fit(shape: tuple[int, ...], kernel: int, gradient: bool) -> N
     assert tpu._vmem_bytes(plan, c, 4, gradient) <= vmem_budget()
     code = tpu._program(plan.blocks, plan.strips, plan.unroll, gradient)[0]
     assert plan.repeats * code * min(tpu.GROUPS, plan.groups) <= tpu.CODE_BUDGET
+
+
+def test_tpu_rows_turned_amid_the_convolution_take_vmem() -> None:
+    """The compiler wants 18.4 MB for this, more than a v4 has."""
+    axis = Gather(Axis(48, 13, 1, 1, 6, 6))
+    plan = laid_out(axis, axis, "images", 8)
+    assert plan.streams and tpu._vmem_bytes(plan, 128, 2, False) > 16 << 20
 
 
 @pytest.mark.parametrize("channels", [1024, 1536, 2048])

@@ -16,6 +16,8 @@ from pallas_kernels.windows import Blocks, Strips
 IMAGES, LANES = 8, 128
 # Rows that are gathered, or put back, in one iteration.
 ROWS = 4
+# Taps from which on a pixel's multiply-adds take longer than to copy it.
+MANY_TAPS = 49
 
 Places = Literal["batch", "images", "strips"]
 
@@ -85,6 +87,21 @@ class Plan(NamedTuple):
     def batch(self) -> int:
         """Images in a program."""
         return self.images * self.fold
+
+    @property
+    def streams(self) -> bool:
+        """Whether rows are gathered, and put back, amid the convolution of others, which takes no more time then.
+
+        Where the first row reads most of the image, there is nothing to gain.
+        """
+        rows = self.blocks.gather
+        in_order = rows.period == rows.advance == 1 and self.fold == 1 and not self.steps
+        return in_order and self.many_taps and 2 * self.blocks.reach(0) < rows.sources
+
+    @property
+    def many_taps(self) -> bool:
+        """Whether loads and stores, not the arithmetic, have time to spare."""
+        return self.blocks.gather.axis.kernel * self.strips.gather.axis.kernel >= MANY_TAPS
 
     @property
     def repeats(self) -> int:
@@ -178,33 +195,36 @@ class Slabs(NamedTuple):
         tile = IMAGES * 4 // itemsize
         return itemsize * math.prod(leading) * -(-second // tile) * tile * -(-minor // LANES) * LANES
 
-    @property
-    def turned_bytes(self) -> int:
-        """Of the rows that the compiler turns at a time, before and after, beside the scratch."""
+    def turned_bytes(self, rows: int) -> int:
+        """Of the rows that the compiler turns in one piece of code, before and after, beside the scratch."""
         turns = self.copied and self.plan.places == "images"
-        return 2 * ROWS * self.columns * IMAGES * -(-self.channels // LANES) * LANES * 4 * turns
+        return 2 * rows * self.columns * IMAGES * -(-self.channels // LANES) * LANES * 4 * turns
 
-    def gather(self, block: int, ref: Any, slabs: Any) -> None:
-        """Fill the lanes of a block of images, unless the slabs are the block."""
+    def gather(self, block: int, ref: Any, slabs: Any, rows: range | None = None) -> None:
+        """Fill the lanes of a block of images, in all rows or in some, unless the slabs are the block."""
+        self._each_row(rows, lambda row, _: self.gather_row(block, ref, slabs, row))
 
-        def gather_row(row: Any) -> None:
-            values = self._turned(ref[self._row(row)].astype(jnp.float32))
-            for group, lanes, channels in self._parts(block):
-                for lo, hi in ((0, self.start), ((self.start + self.columns) // 8 * 8, self.size)):
-                    if lo < hi:
-                        zeros = jnp.zeros((hi - lo, lanes.stop - lanes.start), jnp.float32)
-                        slabs[self._in_row(group, row, lo, hi), lanes] = zeros
-                slabs[self._columns(group, row, lanes)] = values[..., channels]
+    def gather_row(self, block: int, ref: Any, slabs: Any, row: Any) -> None:
+        values = self._turned(ref[self._row(row)].astype(jnp.float32))
+        for group, lanes, channels in self._parts(block):
+            for lo, hi in ((0, self.start), ((self.start + self.columns) // 8 * 8, self.size)):
+                if lo < hi:
+                    zeros = jnp.zeros((hi - lo, lanes.stop - lanes.start), jnp.float32)
+                    slabs[self._in_row(group, row, lo, hi), lanes] = zeros
+            slabs[self._columns(group, row, lanes)] = values[..., channels]
 
-        self._each_row(gather_row)
+    def put_back(self, block: int, slabs: Any, ref: Any, rows: range | None = None) -> None:
+        self._each_row(rows, lambda row, _: self.put_row(block, slabs, ref, row))
 
-    def put_back(self, block: int, slabs: Any, ref: Any) -> None:
-        def put_row(row: Any) -> None:
-            values = [slabs[self._columns(group, row, lanes)] for group, lanes, _ in self._parts(block)]
-            value = jnp.concatenate(values, -1) if len(values) > 1 else values[0]
-            ref[self._row(row)] = self._turned(value).astype(ref.dtype)
+    def put_row(self, block: int, slabs: Any, ref: Any, row: Any) -> None:
+        values = [slabs[self._columns(group, row, lanes)] for group, lanes, _ in self._parts(block)]
+        value = jnp.concatenate(values, -1) if len(values) > 1 else values[0]
+        ref[self._row(row)] = self._turned(value).astype(ref.dtype)
 
-        self._each_row(put_row)
+    def amid(self, copy_row: Callable[[Any], None], row: Any) -> None:
+        """Copy a row between others, if there is such a row; a loop may copy the first or the last one again."""
+        if self.copied and not (isinstance(row, int) and row not in range(self.rows)):
+            copy_row(row if isinstance(row, int) else jnp.clip(row, 0, self.rows - 1))
 
     def of(self, slabs: Any, group: Any) -> "Pixels":
         """The slabs of a group of lanes."""
@@ -223,9 +243,10 @@ class Slabs(NamedTuple):
         lanes = self._group(group)
         return Slab((IMAGES, lanes.size), lambda *at: at, channels=lanes, groups=self.plan.groups)
 
-    def _each_row(self, step: Callable[[Any], None]) -> None:
+    def _each_row(self, rows: range | None, step: Callable[[Any, None], None]) -> None:
         if self.copied:
-            loop(0, self.rows, ROWS, lambda row, _: step(row), None)
+            rows = range(self.rows) if rows is None else rows
+            loop(max(rows.start, 0), min(rows.stop, self.rows), ROWS, step, None)
 
     def _row(self, row: Any) -> tuple[Any, ...]:
         """A row in the block."""

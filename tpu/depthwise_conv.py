@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.kernels.depthwise_conv import correlate, correlate_gradient
 from pallas_kernels.lowering import Work, launch
-from pallas_kernels.tpu._depthwise_conv_slabs import IMAGES, LANES, Places, Plan, Slabs, slabs_of
+from pallas_kernels.tpu._depthwise_conv_slabs import IMAGES, LANES, ROWS, Places, Plan, Slabs, slabs_of
 from pallas_kernels.tpu.tiles import cores, vmem_budget, vmem_limit
 from pallas_kernels.windows import Axis, Blocks, Gather, Strips
 
@@ -31,8 +31,11 @@ TILE, REGISTERS = 14, 41
 GROUPS = 4
 # How many blocks of images may share the lanes.
 FOLDS = 2, 3, 4, 5, 8, 16
-# From this many equal rows on, a loop over them with all taps unrolled beats a loop over the taps of each.
-EQUAL_ROWS = 4
+# How many rows are computed together at most.
+TOGETHER = 2
+# From this many equal rows on, a loop over them with all taps unrolled beats a loop over the taps of each, unless that
+# is so much code at once that the compiler runs out of registers.
+EQUAL_ROWS, STRAIGHT = 4, 4000
 # Cycles, measured on v5e: to start a program, to start an iteration of a loop, to reduce one sum over the images, to
 # gather a register of pixels or put it back, and if it is folded; to fetch the code of a multiply-add.
 PROGRAM, ITERATION, REDUCTION, GATHERING, FOLDING, CODE = 250, 12, 6, 2, 4, 0.3
@@ -69,7 +72,7 @@ def convolve(
         return functools.reduce(jnp.add, parts).astype(dtype)
     blocks, columns = plan.blocks, plan.strips.columns
     sources, targets = _sides(plan, c, x.dtype.itemsize, gradient=False)
-    schedule, come = plan.schedule(c), range(plan.fold)
+    schedule, come, streams = plan.schedule(c), range(plan.fold), plan.streams
     weights = [_to_lanes(a, plan, sources) for a in (w, *([] if bias is None else [bias[None]]))]
 
     def body(x_ref: Any, w_ref: Any, *refs: Any) -> None:
@@ -77,21 +80,40 @@ def convolve(
         x_slabs = scratch[0] if sources.copied else x_ref
         o_slabs = scratch[-1] if targets.copied else o_ref
         step = pl.program_id(3) if plan.steps else 0
-        for block in come:
-            pl.when(step == block)(functools.partial(sources.gather, block, x_ref, x_slabs))
+        gather, put_back = (
+            functools.partial(sources.gather_row, 0, x_ref, x_slabs),
+            functools.partial(targets.put_row, 0, o_slabs, o_ref),
+        )
+
+        def after_row(group: int, ahead: int, row: Any) -> None:
+            """Gather a row that none of those computed together needs, and put one back that is done."""
+            if group == 0:
+                sources.amid(gather, row + ahead)
+            if group == plan.lanes - 1:
+                targets.amid(put_back, row - TOGETHER)
 
         def rows_of_kind(first: int) -> None:
+            ahead = blocks.reach(first) + TOGETHER - 1
+            if streams:
+                sources.gather(0, x_ref, x_slabs, range(ahead))
             for group in schedule.groups(step):
                 correlate(
                     sources.of(x_slabs, group), w_ref, b_ref, targets.of(o_slabs, group),
                     slab=sources.slab(group), rows=blocks.rows(first), cols=columns,
-                    tile=_tile(plan.strips, gradient=False), unroll=plan.unroll, unrolled_rows=EQUAL_ROWS,
-                    rows_at_once=_rows_at_once(plan.strips),
+                    tile=_tile(plan.strips, gradient=False), unroll=plan.unroll,
+                    unrolled_rows=_unrolled_rows(blocks, plan.strips), rows_at_once=_rows_at_once(plan.strips),
+                    share=plan.many_taps and _rows_at_once(plan.strips) > 1,
+                    after_row=functools.partial(after_row, group, ahead) if streams else None,
                 )  # fmt: skip
+            if streams:
+                done = len(blocks.targets(first))
+                targets.put_back(0, o_slabs, o_ref, range(done - TOGETHER, done))
 
+        for block in () if streams else come:
+            pl.when(step == block)(functools.partial(sources.gather, block, x_ref, x_slabs))
         each_kind = functools.partial(_each_kind, blocks, pl.program_id(2), rows_of_kind)
         pl.when(schedule.convolves(step))(each_kind)
-        for block, last in enumerate(schedule.put_back):
+        for block, last in enumerate(() if streams else schedule.put_back):
             pl.when(step == last)(functools.partial(targets.put_back, block, o_slabs, o_ref))
 
     nbytes = x.nbytes + n * rows.targets * cols.targets * c * dtype.itemsize + w.nbytes
@@ -266,7 +288,7 @@ def _program(blocks: Blocks, strips: Strips, unroll: int, gradient: bool) -> tup
     loads = strips.window + tiles * (strips.size if gradient else 2 * kernel - 1)
     row_cycles = width / MULTIPLY_ADDS + LOAD * loads
     code, cycles, has_loop = 0, 0.0, False
-    for same, copies, iterations, rows in _loops(blocks, gradient):
+    for same, copies, iterations, rows in _loops(blocks, strips, gradient):
         unrolled = unroll if rows == 1 else _rows_at_once(strips)
         chunks = iterations // unrolled
         inline = iterations if chunks < 2 else unrolled + iterations % unrolled
@@ -285,7 +307,7 @@ def _tile(strips: Strips, gradient: bool) -> int:
 
 def _rows_at_once(strips: Strips) -> int:
     """Rows of few columns that the registers of a tile hold together: their sums don't wait for each other."""
-    return max(1, min(2, TILE // strips.size))
+    return max(1, min(TOGETHER, TILE // strips.size))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -295,7 +317,22 @@ def _width(strips: Strips, gradient: bool) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _loops(blocks: Blocks, gradient: bool) -> list[tuple[int, int, int, int]]:
+def _unrolled_rows(blocks: Blocks, strips: Strips) -> int:
+    """From how many equal rows on all of their taps are unrolled."""
+    straight = blocks.gather.axis.kernel * _width(strips, False) * _rows_at_once(strips)
+    return EQUAL_ROWS if straight <= STRAIGHT else blocks.size + 1
+
+
+@functools.lru_cache(maxsize=4096)
+def _inline_rows(blocks: Blocks, strips: Strips) -> int:
+    """How many rows' code stands in a program."""
+    most = _unrolled_rows(blocks, strips)
+    counts = ([r.count for r in blocks.rows(block)] for block in blocks.kinds())
+    return max(sum(n if n < most else _rows_at_once(strips) for n in rows) for rows in counts)
+
+
+@functools.lru_cache(maxsize=4096)
+def _loops(blocks: Blocks, strips: Strips, gradient: bool) -> list[tuple[int, int, int, int]]:
     """(blocks that run it, times that it stands in the code, iterations, rows of each) for every loop."""
     loops = []
     for block, same in blocks.kinds().items():
@@ -304,7 +341,7 @@ def _loops(blocks: Blocks, gradient: bool) -> list[tuple[int, int, int, int]]:
             continue
         for r in blocks.rows(block):
             taps = r.taps.hi - r.taps.lo
-            over_rows = r.count >= EQUAL_ROWS
+            over_rows = r.count >= _unrolled_rows(blocks, strips)
             loops.append((len(same), 1, r.count, taps) if over_rows else (len(same), r.count, taps, 1))
     return loops
 
@@ -363,7 +400,8 @@ def _scratch_bytes(plan: Plan, c: int, itemsize: int, gradient: bool) -> int:
 
 def _vmem_bytes(plan: Plan, c: int, itemsize: int, gradient: bool) -> int:
     """Two buffers of every block, the scratch, and what turns."""
-    turned = sum(side.turned_bytes for side in _sides(plan, c, itemsize, gradient))
+    rows = ROWS if gradient or not plan.streams else max(ROWS, _inline_rows(plan.blocks, plan.strips))
+    turned = sum(side.turned_bytes(rows) for side in _sides(plan, c, itemsize, gradient))
     return (
         2 * _block_bytes(plan, c, itemsize, gradient) + _scratch_bytes(plan, c, itemsize, gradient) + turned
     )

@@ -34,7 +34,8 @@ class Slab(NamedTuple):
 
 def correlate(
     x_ref: Any, w_ref: Any, b_ref: Any, o_ref: Any, *, slab: Slab, rows: Sequence[Rows],
-    cols: Sequence[Taps], tile: int, unroll: int, unrolled_rows: int, rows_at_once: int = 1, loop_tiles: bool = False,
+    cols: Sequence[Taps], tile: int, unroll: int, unrolled_rows: int, rows_at_once: int = 1, share: bool = False,
+    loop_tiles: bool = False, after_row: Callable[[Any], None] | None = None,
 ) -> None:  # fmt: skip
     """One block of a depthwise convolution, or of its input gradient: o = b + the sum over taps of x * w.
 
@@ -47,7 +48,9 @@ def correlate(
       unroll: kernel rows in one iteration of the loop over them.
       unrolled_rows: from this many equal rows on, the loop runs over the rows, and all of their taps are unrolled.
       rows_at_once: rows in one iteration of that loop.
+      share: whether those read each pixel once for all of them, not one row after the other; not in loops of tiles.
       loop_tiles: whether tiles that read alike are a loop, or all unrolled.
+      after_row: called with each row that is done.
     """
     starts = range(0, len(cols), tile)
     reads = [
@@ -74,23 +77,60 @@ def correlate(
                 totals[target] = lax.add(totals[target], lax.mul(x, weight(k)))
         return tuple(totals)
 
-    def target_tile(same: Rows, unroll: int, row: Any, run: _Run, i: Any, _: None) -> None:
-        taps = same.taps.shifted(-row * same.advance)
-        bias = jnp.zeros(slab.shape, jnp.float32) if b_ref is None else broadcast(b_ref[:, slab.channels])
-        step = functools.partial(kernel_row, taps, run, i)
-        sums = loop(taps.lo, taps.hi, unroll, step, (bias,) * run.size)
+    def bias() -> jax.Array:
+        return jnp.zeros(slab.shape, jnp.float32) if b_ref is None else broadcast(b_ref[:, slab.channels])
+
+    def leave(same: Rows, row: Any, run: _Run, i: Any, sums: Sequence[jax.Array]) -> None:
         for t, total in enumerate(sums):
             column = starts[run.first] + t + i * tile
             o_ref[slab.at(same.first + row * same.period, column, 0)] = total.astype(o_ref.dtype)
 
+    def target_tile(same: Rows, unroll: int, row: Any, run: _Run, i: Any, _: None) -> None:
+        step = functools.partial(kernel_row, taps := same.taps.shifted(-row * same.advance), run, i)
+        leave(same, row, run, i, loop(taps.lo, taps.hi, unroll, step, (bias(),) * run.size))
+
     def target_row(same: Rows, unroll: int, row: Any, _: None) -> None:
         for run in runs:
             loop(0, run.count, 1, functools.partial(target_tile, same, unroll, row, run), None)
+        if after_row:
+            after_row(same.first + row * same.period)
+
+    def target_rows(same: Rows, count: int, chunk: Any, _: None) -> None:
+        """`count` equal rows, pixel row after pixel row: those that read a pixel share it in a register."""
+        taps = same.taps.shifted(-chunk * count * same.advance)
+        chunk_rows = [chunk * count + r for r in range(count)]
+        reads = sorted(
+            (r * same.advance + j * taps.source_step, r, j)
+            for r in range(count)
+            for j in range(taps.lo, taps.hi)
+        )
+        weight = functools.cache(
+            lambda j, k: broadcast(w_ref[taps.tap + j * taps.tap_step, pl.ds(k, 1), slab.channels])
+        )
+        for run in runs:
+            totals = [[bias()] * run.size for _ in chunk_rows]
+            for offset, readers in itertools.groupby(reads, lambda read: read[0]):
+                pairs = [(totals[r], j) for _, r, j in readers]
+                for column, uses in run.by_column():
+                    x = x_ref[slab.at(taps.source + offset, column, 0)].astype(jnp.float32)
+                    for (sums, j), (t, k) in itertools.product(pairs, uses):
+                        sums[t] = lax.add(sums[t], lax.mul(x, weight(j, k)))
+            for row, sums in zip(chunk_rows, totals, strict=True):
+                leave(same, row, run, 0, sums)
+        if after_row:
+            for row in chunk_rows:
+                after_row(same.first + row * same.period)
 
     for same in rows:
         over_rows = same.count >= unrolled_rows
-        step = functools.partial(target_row, same, max(1, same.taps.hi) if over_rows else unroll)
-        loop(0, same.count, rows_at_once if over_rows else same.count, step, None)
+        if over_rows and share:
+            chunks, rest = divmod(same.count, rows_at_once)
+            loop(0, chunks, 1, functools.partial(target_rows, same, rows_at_once), None)
+            for row in range(same.count - rest, same.count):
+                target_rows(same, 1, row, None)
+        else:
+            step = functools.partial(target_row, same, max(1, same.taps.hi) if over_rows else unroll)
+            loop(0, same.count, rows_at_once if over_rows else same.count, step, None)
 
 
 def correlate_gradient(
