@@ -33,6 +33,10 @@ from pallas_kernels.tpu.tiles import (
 
 # What a program takes beside its products: one for all blocks, and one for some of them.
 WHOLE_CYCLES, PART_CYCLES = 480, 720
+# By how much such a plan must be better to be taken.
+PIECES = 1.2
+# Bytes of factors, of one block, that XLA's two products may read faster than a kernel.
+LARGE = 12 << 20
 TOO_LARGE = "the factors of one block of the output don't fit in VMEM"
 
 
@@ -216,8 +220,8 @@ def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradie
     def quality(plan: Plan) -> Any:
         if not gradient:
             # Parts are pieces of every block of a factor: they serve to read it once for many tiles of tokens.
-            cheap = plan.part == b2 or plan.tiles > 1
-            return cheap, -_cycles(plan, n, blocks, itemsize, factor_itemsize)
+            in_pieces = plan.part < b2 and plan.tiles == 1
+            return -_cycles(plan, n, blocks, itemsize, factor_itemsize) * (PIECES if in_pieces else 1)
         # Fewer ranks than a matrix unit has rows leave most of it idle, fewer tokens only some.
         full = min(plan.part * t, 256, b2 * t), plan.tokens
         return (*full, -max(PARTS, b2 // plan.part), -plan.part) if plan.tiles == 1 else (*full, plan.part)
@@ -248,10 +252,18 @@ def _cycles(plan: Plan, n: int, blocks: Blocks, itemsize: int, factor_itemsize: 
 
 
 def slower(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int) -> str | None:
-    """Why XLA is faster."""
+    """Why XLA is faster: a factor of one block comes as a whole, while XLA reads it amid the product with the other."""
     plan = _plan(n, blocks, itemsize, factor_itemsize, gradient=False)
-    if blocks.b1 == blocks.b2 == 1 and plan is not None and plan.tokens < min(n, matrix_width()):
+    if blocks.b1 * blocks.b2 > 1 or plan is None:
+        return None
+    if plan.tokens < min(n, matrix_width()):
         return "beside factors that large VMEM holds too few tokens for a matrix unit"
+    factors, tpu = blocks.rank * (blocks.p + blocks.q), target()
+    waits = factors * factor_itemsize / tpu.hbm_bytes_per_cycle
+    products = plan.tiles * -(-plan.tokens // 128) * 128 * factors / tpu.matrix_macs
+    # XLA's own products with fewer tokens, or with small factors, take longer than the wait.
+    if n >= 128 and factors * factor_itemsize >= LARGE and waits > 0.8 * products:
+        return "it would wait for factors that large almost as long as it multiplies so few tokens by them"
     return None
 
 

@@ -31,7 +31,8 @@ def low_rank_matmul(
     """Multiply by a matrix of low rank.
 
     out[n, :] = U^T (s * (V x[n, :])), and what lies between the factors is rounded to x's dtype. A TPU takes one kernel
-    where its VMEM holds the factors. On a GPU XLA's two products are as fast as a kernel that fuses them, which only
+    where its VMEM holds the factors, unless they are large, and the tokens so few that the kernel would wait for them
+    most of the time. On a GPU XLA's two products are as fast as a kernel that fuses them, which only
     `implementation="pallas"` takes, where the registers hold it.
 
     Args:
