@@ -193,7 +193,7 @@ def _compile(values: flags.FlagValues, names: list[str]) -> int:
         for operator, case in named(cases, values.only)
         for job in _jobs(operator, case, targets, values.rivals)
     ]
-    reports, rows = [], _rows_of(values.out)
+    reports, rows, transfers = [], _rows_of(values.out), {}
     done = {(call, target) for call, target, *_ in rows}
     jobs = [job for job in jobs if (job.name, job.target) not in done]
     with open(values.out or os.devnull, "a", newline="") as file, Progress(len(jobs), "compile") as progress:
@@ -201,7 +201,8 @@ def _compile(values: flags.FlagValues, names: list[str]) -> int:
         write([] if file.tell() else [_COMPILED])
         for report in aot.compile_many(jobs, workers=values.workers, estimate=values.estimate):
             reports.append(report)
-            rows += (new := list(_compile_rows(report, rows)))
+            transfers[report.name, report.target] = report.transfer_cycles or 0
+            rows += (new := list(_compile_rows(report, rows, transfers)))
             write(new)
             file.flush()
             progress.advance(f"{report.name} {report.target}")
@@ -269,8 +270,13 @@ _COMPILED = (
 )  # fmt: skip
 
 
-def _compile_rows(report: aot.Report, rows: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
-    """One row a kernel; of a program without one, what XLA estimates, against our program among the `rows` so far."""
+def _compile_rows(
+    report: aot.Report, rows: Sequence[tuple[str, ...]], transfers: Mapping[tuple[str, str], float]
+) -> Iterator[tuple[str, ...]]:
+    """One row a kernel; of a program without one, what XLA estimates, against our program among the `rows` so far.
+
+    transfers: cycles that HBM takes for the arguments and results of a call on a target: neither can take fewer.
+    """
     program, around = (report.name, report.target, report.compiler or "-"), _cell(report.around_cycles)
     for k in report.kernels:
         cells = map(_cell, (k.memory_bytes, k.registers, k.spill_bytes))
@@ -288,8 +294,9 @@ def _compile_rows(report: aot.Report, rows: Sequence[tuple[str, ...]]) -> Iterat
         ours = [row for row in rows if row[:2] == (call, report.target)]
         kernels, other = ([row[i] for row in ours] for i in (4, 5))
         if rival and ours and report.around_cycles and "-" not in (*kernels, other[0]):
-            total = sum(map(int, (*kernels, other[0])))
-            note = f"{report.around_cycles / total:.2f} times ours"
+            total = max(sum(map(int, (*kernels, other[0]))), transfers.get((call, report.target), 0))
+            theirs = max(report.around_cycles, transfers.get((report.name, report.target), 0))
+            note = f"{theirs / total:.2f} times ours"
         yield (*program, "-", "-", around, *"-----", note)
 
 

@@ -382,3 +382,10 @@ def test_missing_compiler(monkeypatch: pytest.MonkeyPatch, target: str, module: 
         ModuleNotFoundError, match=rf'{target} needs {module}: pip install "pallas-kernels\[aot\]"'
     ):
         aot.compile(power_everywhere, X, target=target)
+
+
+def test_a_kernel_that_compiles_only_within_its_program_has_not_failed():
+    assert aot._excused({"error": "out of memory"}) == {
+        "no_cycles": "cycles not estimated: alone the kernel doesn't compile: out of memory"
+    }
+    assert aot._excused({"cycles": 5}) == {"cycles": 5}

@@ -66,6 +66,7 @@ class Report:
     kernels: one for each Pallas kernel that the function needs on the target.
     around_cycles: on a TPU, XLA's estimate for all else in the program, 0 if there is nothing; None if it gives none.
     compiler: the package that compiled it, and its version.
+    transfer_cycles: on a TPU, the least that HBM takes for arguments and results; XLA's estimate may be below it.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Report:
     kernels: tuple[KernelReport, ...]
     around_cycles: int | None = None
     compiler: str = ""
+    transfer_cycles: float | None = None
 
 
 class Job(NamedTuple):
@@ -178,12 +180,16 @@ def _start(job: Job, crew: Crew, estimate: bool) -> Callable[[], Report]:
     measuring = [_measure(kernel, target, crew) for kernel in kernels]
 
     def wait() -> Report:
-        reports = tuple(_judge(k, result(), target) for k, result in zip(kernels, measuring, strict=True))
         program = compiling.result() if compiling else {}
+        replies = [result() for result in measuring]
+        if compiling and "error" not in program:
+            replies = list(map(_excused, replies))
+        reports = tuple(_judge(*pair, target) for pair in zip(kernels, replies, strict=True))
         errors = [program.get("error")] if compiling else [k.error for k in reports]
         error = next(filter(None, errors), None)
         around = program.get("around_cycles")
-        return Report(job.name, target.name, error is None, error, reports, around, compiler)
+        transfer = exported["moved_bytes"] / _hbm_bytes_per_cycle(target) if exported else None
+        return Report(job.name, target.name, error is None, error, reports, around, compiler, transfer)
 
     return wait
 
@@ -207,6 +213,13 @@ def _profile(no_cycles: str | None, crew: Crew, task: Task) -> Task:
     return {"no_cycles": no_cycles, **crew.ask("tpu-bundles", task)}
 
 
+def _excused(reply: Task) -> Task:
+    """What was found out of a kernel whose program compiles: alone it may not, because XLA lays out its operands."""
+    if "error" not in reply:
+        return reply
+    return {"no_cycles": f"cycles not estimated: alone the kernel doesn't compile: {reply['error']}"}
+
+
 def _judge(kernel: Kernel, reply: Task, target: Target) -> KernelReport:
     """What a child found out, against the limits and the peaks of the target."""
     found = {k: v for k, v in reply.items() if k not in ("died", "around_cycles")}
@@ -220,8 +233,13 @@ def _judge(kernel: Kernel, reply: Task, target: Target) -> KernelReport:
     return KernelReport(name=kernel.name, work=kernel.work, memory_limit=kernel.memory_limit, **found)
 
 
+def _hbm_bytes_per_cycle(target: Target) -> float:
+    assert isinstance(target, TPU)
+    return target.cores * target.hbm_bytes_per_cycle
+
+
 def _roofline(work: Work, peak_flops: float, cycles: int | None, tpu: TPU) -> dict[str, Any]:
-    transfer = work.bytes / (tpu.cores * tpu.hbm_bytes_per_cycle)
+    transfer = work.bytes / _hbm_bytes_per_cycle(tpu)
     bound = max(work.flops / peak_flops, transfer)
     bounds = {"bound_cycles": bound, "bound_seconds": bound / tpu.clock_hz}
     if cycles is None:

@@ -119,7 +119,8 @@ def _lower_kernel(call: JaxprEqn, target: Target, estimate: bool) -> Kernel:
 
 def _exported(fn: Any, args: Sequence[Any], tpu: TPU) -> Task:
     exported = export.export(fn, platforms=["tpu"])(*args)
-    return {"exported": bytes(exported.serialize()), "topology": tpu.topology}
+    moved = sum(a.size * a.dtype.itemsize for a in (*exported.in_avals, *exported.out_avals))
+    return {"exported": bytes(exported.serialize()), "topology": tpu.topology, "moved_bytes": moved}
 
 
 def _triton_source(fn: Any, args: Sequence[Any], gpu: GPU) -> Task:
