@@ -301,3 +301,15 @@ def test_compile_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     captured = capsys.readouterr()
     assert "FAILED: it is bad" in captured.out and "no Pallas kernel" in captured.out
     assert captured.err.endswith("2 of 4 compile without a spill\n")
+
+
+def test_rivals_take_no_fewer_cycles_than_hbm():
+    def rows_of(name: str, kernels: tuple[aot.KernelReport, ...], around: int, rows: list[tuple[str, ...]]):
+        report = aot.Report(name, "v5e", True, None, kernels, around)
+        transfers = {("f", "v5e"): 300, ("f, by XLA", "v5e"): 900}
+        return list(cli._compile_rows(report, rows, transfers))
+
+    ours = rows_of("f", (aot.KernelReport("kernel", cycles=200),), 0, [])
+    for around, ratio in ((600, "3.00"), (1200, "4.00")):
+        (row,) = rows_of("f, by XLA", (), around, ours)
+        assert row[-1] == f"{ratio} times ours"

@@ -33,7 +33,8 @@ from pallas_kernels.tpu.tiles import (
 
 # What a program takes beside its products: one for all blocks, and one for some of them.
 WHOLE_CYCLES, PART_CYCLES = 480, 720
-# By how much such a plan must be better to be taken.
+# By how much a plan with pieces of blocks for a single tile of tokens must be better to be taken: their copies are
+# strided, which the estimate leaves out.
 PIECES = 1.2
 # Bytes of factors, of one block, that XLA's two products may read faster than a kernel.
 LARGE = 12 << 20
