@@ -2,8 +2,12 @@
 
 `Operator.baselines[name](case)` is None, or a function that takes the arguments and a cotangent as numpy
 arrays, moves them to where it runs, and returns a `Contestant`.
+
+On a GPU a contestant makes many calls at once, each on its own copy of the arguments: one alone would take less time
+than it takes to start, and find its arguments in the cache.
 """
 
+import functools
 import importlib.metadata
 import os
 from collections.abc import Callable, Sequence
@@ -15,18 +19,25 @@ import numpy as np
 
 from pallas_kernels.operators import Case
 
+# Bytes that no cache of a GPU holds; the fewest and the most copies of a call's arguments.
+UNCACHED, FEWEST, MOST = 2**28, 4, 32
+
 
 class Contestant(NamedTuple):
     """An implementation with its arguments.
 
-    forward: runs the operator, waits for the end, returns the result.
+    forward: starts the operator; returns the result, which may not be there yet.
     gradients: forward and backward; returns the result, then the gradient of each differentiable argument.
     to_numpy: what either returned, as arrays in the layout of the case.
+    wait: returns when what either returned is there.
+    calls: how many of them each makes.
     """
 
     forward: Callable[[], Any]
     gradients: Callable[[], Any]
     to_numpy: Callable[[Any], list[np.ndarray]]
+    wait: Callable[[Any], Any] = lambda out: out
+    calls: int = 1
 
 
 Prepare = Callable[[Sequence[np.ndarray], np.ndarray], Contestant]
@@ -52,15 +63,36 @@ def of_jax(function: Callable[..., jax.Array], case: Case) -> Prepare:
         return out, *vjp(cotangent)
 
     def prepare(arguments: Sequence[np.ndarray], cotangent: np.ndarray) -> Contestant:
-        placed = [jnp.asarray(a) for a in arguments]
-        forward, both, g = jax.jit(function), jax.jit(gradients), jnp.asarray(cotangent)
+        calls = calls_at_once([*arguments, cotangent])
+        placed = [[jnp.array(a) for a in arguments] for _ in range(calls)]
+        with_cotangents = [[jnp.array(cotangent), *copies] for copies in placed]
+        forward, both = (jax.jit(functools.partial(_one_by_one, f)) for f in (function, gradients))
         return Contestant(
-            lambda: jax.block_until_ready(forward(*placed)),
-            lambda: jax.block_until_ready(both(g, *placed)),
-            lambda out: [np.asarray(v) for v in (out if isinstance(out, tuple) else (out,))],
+            lambda: forward(placed),
+            lambda: both(with_cotangents),
+            lambda out: [np.asarray(v) for v in (out[0] if isinstance(out[0], tuple) else (out[0],))],
+            jax.block_until_ready,
+            calls,
         )
 
     return prepare
+
+
+def calls_at_once(arrays: Sequence[np.ndarray]) -> int:
+    """How many calls with arguments like these are timed as one: on a GPU, whose cache must not hold them, many."""
+    if jax.default_backend() == "cpu":
+        return 1
+    return min(MOST, max(FEWEST, -(-UNCACHED // sum(a.nbytes for a in arrays))))
+
+
+def _one_by_one(function: Callable[..., Any], calls: Sequence[Sequence[jax.Array]]) -> list[Any]:
+    """The results of `function` for the arguments of each call; none starts before the one before is done."""
+    results: list[Any] = []
+    for arguments in calls:
+        if results:
+            arguments, results[-1] = jax.lax.optimization_barrier((arguments, results[-1]))
+        results.append(function(*arguments))
+    return results
 
 
 def of_torch(
@@ -91,29 +123,62 @@ def of_torch(
         wide = torch.from_numpy(np.array(a, np.float32)).to(device, getattr(torch, a.dtype.name))
         return wide.contiguous(memory_format=getattr(torch, memory_format))
 
-    def finished(values: tuple[Any, ...]) -> tuple[Any, ...]:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return values
+    # As JAX's contestants: float32 is not rounded to fewer bits, and the fastest algorithm is looked for.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
 
     def prepare(arguments: Sequence[np.ndarray], cotangent: np.ndarray) -> Contestant:
-        tensors = [tensor(place(a, i)) for i, a in enumerate(arguments)]
+        calls = calls_at_once([*arguments, cotangent]) if device.type == "cuda" else 1
+        copies = [[tensor(place(a, i)) for i, a in enumerate(arguments)] for _ in range(calls)]
         g = tensor(place(cotangent, -1))
-        for i in case.differentiable:
-            tensors[i].requires_grad_()
 
         def forward() -> Any:
             with torch.no_grad():
-                return finished((form(*tensors),))
+                return [(form(*tensors),) for tensors in copies]
 
         def gradients() -> Any:
-            out = form(*tensors)
-            return finished((out, *torch.autograd.grad(out, [tensors[i] for i in case.differentiable], g)))
+            def of(tensors: list[Any]) -> Any:
+                differentiable = [tensors[i].requires_grad_() for i in case.differentiable]
+                out = form(*tensors)
+                return out, *torch.autograd.grad(out, differentiable, g)
 
-        def to_numpy(values: Sequence[Any]) -> list[np.ndarray]:
-            arrays = [v.detach().float().cpu().numpy() for v in values]
+            return [of(tensors) for tensors in copies]
+
+        def to_numpy(results: Sequence[Any]) -> list[np.ndarray]:
+            arrays = [v.detach().float().cpu().numpy() for v in results[0]]
             return [back(a, i) for i, a in zip((-1, *case.differentiable), arrays, strict=False)]
 
-        return Contestant(forward, gradients, to_numpy)
+        if device.type == "cpu":
+            return Contestant(forward, gradients, to_numpy)
+
+        def wait(results: Any) -> Any:
+            torch.cuda.synchronize()
+            return results
+
+        return Contestant(_recorded(forward), _recorded(gradients), to_numpy, wait, calls)
 
     return prepare
+
+
+def _recorded(run: Callable[[], Any]) -> Callable[[], Any]:
+    """What `run` has the GPU do, without what it takes to ask for it; recorded at the first call."""
+    import torch
+
+    @functools.cache
+    def recording() -> tuple[Any, Any]:
+        with torch.cuda.stream(
+            torch.cuda.Stream()
+        ):  # as PyTorch's manual has it: to warm up, on another stream
+            run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = run()
+        return graph, results
+
+    def replay() -> Any:
+        graph, results = recording()
+        graph.replay()
+        return results
+
+    return replay

@@ -9,6 +9,7 @@ definition, and gradients with its derivative in a random direction, <gradient, 
 import csv
 import ctypes
 import gc
+import math
 import multiprocessing
 import os
 import sys
@@ -32,6 +33,8 @@ OURS = "pallas-kernels"
 PASSES = ("forward", "forward+backward")
 # Seconds for one pass of a case, all contestants together, and the rounds that it gets at least and at most.
 BUDGET, MIN_ROUNDS, MAX_ROUNDS = 2.0, 7, 200
+# Milliseconds of work that a GPU is given at once, and how many programs that may be.
+QUEUED, MOST_QUEUED = 4.0, 16
 # Of checked values, relative to their root mean square: rounding is far below, mistakes far above.
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
 
@@ -128,7 +131,10 @@ def time_case(operator: Operator, case: Case, names: Collection[str] | None = No
     cotangent = np.random.default_rng(1).normal(size=aval.shape).astype(aval.dtype)
     ours = operator.contestant or partial(of_jax, partial(operator.function, **case.options))
     contestants, notes = {}, {}
-    for name, of_case in {OURS: ours, **operator.baselines}.items():
+    in_xla = partial(operator.function, **case.options, implementation="xla")
+    on_cpu = jax.default_backend() == "cpu"  # where ours is XLA's
+    ours_in_xla = {} if on_cpu or operator.contestant else {f"{OURS}, XLA": partial(of_jax, in_xla)}
+    for name, of_case in {OURS: ours, **ours_in_xla, **operator.baselines}.items():
         if names is not None and name not in names:
             continue
         prepare = of_case(case)
@@ -139,7 +145,7 @@ def time_case(operator: Operator, case: Case, names: Collection[str] | None = No
     passes = PASSES if case.differentiable else PASSES[:1]
     # Before the check: what that allocates would count.
     peaks = {
-        what: _peak_memory(getattr(contestant, call))
+        what: _peak_memory(lambda call=call, of=contestant: of.wait(getattr(of, call)()))
         for contestant in (contestants.values() if names is not None and len(names) == 1 else ())
         for what, call in zip(passes, ("forward", "gradients"), strict=False)
     }
@@ -213,23 +219,36 @@ def _resident(which: str) -> int:
 
 
 def _time(contestants: Mapping[str, Contestant], what: str) -> Iterator[Timing]:
-    runs = {n: c.forward if what == PASSES[0] else c.gradients for n, c in contestants.items()}
-    for call in runs.values():
-        call()
+    runs = {name: _timer(contestant, what) for name, contestant in contestants.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     start, rounds = time.perf_counter(), 0
     while rounds < MIN_ROUNDS or (rounds < MAX_ROUNDS and time.perf_counter() - start < BUDGET):
         rounds += 1
         for name, call in runs.items():
-            begin = time.perf_counter()
-            call()
-            times[name].append((time.perf_counter() - begin) * 1e3)
+            times[name].append(call())
     for name, spent in times.items():
         low, median, high = np.percentile(spent, [25, 50, 75]).tolist()
         ours = np.array(times.get(OURS, [float("nan")] * rounds))
         ratio_low, ratio_high = np.percentile(np.array(spent) / ours, [25, 75]).tolist()
         ratio = median / np.median(ours).item()
         yield Timing("", "", what, name, median, low, high, min(spent), ratio, ratio_low, ratio_high, rounds)
+
+
+def _timer(contestant: Contestant, what: str) -> Callable[[], float]:
+    """A function that runs a contestant and returns the milliseconds of one call."""
+    start, wait = contestant.forward if what == PASSES[0] else contestant.gradients, contestant.wait
+
+    def milliseconds(times: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(times - 1):
+            start()
+        wait(start())
+        return (time.perf_counter() - begin) * 1e3 / times
+
+    milliseconds(1)
+    # While a GPU works on one, the next is on its way to it.
+    times = 1 if contestant.calls == 1 else math.ceil(min(MOST_QUEUED, max(1, QUEUED / milliseconds(1))))
+    return lambda: milliseconds(times) / contestant.calls
 
 
 def _line(t: Timing) -> str:

@@ -455,12 +455,12 @@ def of_planes(a: np.ndarray) -> np.ndarray:
 
 
 def split(a: np.ndarray, parts: int) -> np.ndarray:
-    """As a sum of bfloat16 parts, the largest first."""
+    """As a sum of bfloat16 parts, the largest first, and that negated if it isn't alone: see `kernels._product`."""
     found = []
     for _ in range(parts):
         found.append(a.astype(jnp.bfloat16))
         a = a - found[-1].astype(np.float64)
-    return np.stack(found)
+    return np.stack([-found[0] if parts > 1 else found[0], *found[1:]])
 
 
 def _work(

@@ -382,7 +382,11 @@ def _times(x: Parts, matrix_ref: Any, plane: int) -> jax.Array:
 def _product(
     matrix_ref: Any, plane: Any, x: Parts, order: Callable[..., tuple[jax.Array, jax.Array]]
 ) -> jax.Array:
-    """The product of two sums, the smallest terms first, without those below what the sums leave out."""
+    """The product of two sums, the smallest terms first, without those below what the sums leave out.
+
+    The first of several matrices is negated, so that its products are subtracted: what is added to a product, Triton
+    has tensor cores add, who cut off what other units round.
+    """
     total = None
     for i in reversed(range(matrix_ref.shape[0])):
         matrix = matrix_ref[i, plane]
@@ -390,7 +394,10 @@ def _product(
             term = lax.dot_general(
                 *order(matrix, part), (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
             )
-            total = term if total is None else total + term
+            if total is None:
+                total = term
+            else:
+                total = total - term if i == 0 else total + term
     return total
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -173,7 +172,7 @@ def baselines(
     """
     return {
         "XLA, dense": lambda case: functools.partial(_dense, case, to_dense),
-        versioned("torch", f"{os.cpu_count()} threads"): lambda case: of_torch(torch_form, case),
+        versioned("torch", "batched products"): lambda case: of_torch(torch_form, case),
     }
 
 

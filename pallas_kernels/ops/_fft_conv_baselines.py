@@ -1,7 +1,6 @@
 """Long convolution by the Fourier transforms of jax.numpy, PyTorch and SciPy, to be timed beside ours."""
 
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,10 +21,8 @@ def baselines() -> Mapping[str, Callable[[Case], Prepare | None]]:
 
     return {
         "jnp.fft, real": run(_jnp),
-        versioned("torch", f"real FFT, {os.cpu_count()} threads"): run(_torch),
-        versioned("torch", f"complex FFT, {os.cpu_count()} threads"): run(
-            functools.partial(_torch, real=False)
-        ),
+        versioned("torch", "real FFT"): run(_torch),
+        versioned("torch", "complex FFT"): run(functools.partial(_torch, real=False)),
         versioned("scipy", "oaconvolve"): run(_scipy),
     }
 

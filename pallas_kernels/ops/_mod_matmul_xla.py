@@ -14,8 +14,15 @@ from pallas_kernels.kernels.mod_matmul import Reduction
 from pallas_kernels.kernels.modular import Modulus
 
 
+# Of shorter sums of int8, and of those that aren't filled up to it, XLA makes Triton kernels that count terms twice.
+WHOLE = 32
+
+
 def in_digits(x: jax.Array, weights: jax.Array, m: Modulus, how: Reduction) -> jax.Array:
     """x (L, M, K) int32 @ weights modulo q, canonical, from the digits (L, 4, 4, K, N) of the weights."""
+    missing = -x.shape[-1] % WHOLE
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, missing)))
+    weights = jnp.pad(weights, ((0, 0),) * 3 + ((0, missing), (0, 0)))
 
     def one_limb(x: jax.Array, w: jax.Array, *numbers: jax.Array) -> jax.Array:
         m = Modulus(*numbers)
