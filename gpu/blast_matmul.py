@@ -1,30 +1,30 @@
 """How products with BLAST matrices run on an NVIDIA GPU.
 
-No program can hold a whole matrix's mixed ranks, nor recompute them for every output block. So one kernel projects to
-the ranks and mixes them in registers, and XLA's batched product does the rest: one of the two intermediate results
-never reaches memory, and the other is read as it was written.
+No program can hold a whole matrix's mixed ranks, nor recompute them for every output block. So the products with u and
+v are those of cuBLAS, and kernels do what lies between, at the speed of memory: they mix ranks, or sum up the gradients
+of the weights that mix them.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.blocks import Blocks, blast_work
-from pallas_kernels.kernels.blast_matmul import mix_looped
-from pallas_kernels.kernels.monarch_matmul import exact
-from pallas_kernels.lowering import launch
+from pallas_kernels.blocks import Blocks, gradient_dtype
+from pallas_kernels.gpu.products import dot
+from pallas_kernels.kernels.blast_matmul import mix, mix_gradient
+from pallas_kernels.lowering import Work, launch
 
-# Sides of the smallest matrices that tensor cores multiply.
+# Ranks are filled up to whole ones of these; those of real models are.
 GRAIN = 16
-TOKENS = 64
-# Elements that the 256 threads of a program can add up in registers.
-ACCUMULATORS = 16 * 1024
-# 64 ranks of float32 spill: exact products split their operands.
-BYTES_OF_RANKS = 128
-TOO_LARGE = f"a program can't add up more than {ACCUMULATORS // GRAIN**2} blocks in registers"
+# Sums that the threads of a program can hold: a tile of all blocks, or pairs of blocks for some ranks each.
+WARPS, SUMS, PAIRS = 4, 16 * 1024, 64
+# Ranks of a program.
+MIXED, SUMMED = 64, 128
+# Tokens whose products are summed up in a row: longer sums of float32 round worse.
+IN_A_ROW = 32
+TOO_LARGE = f"a program can't add up more than {PAIRS} blocks in registers"
 # A product of fewer tokens is as fast as its factors are read.
 FEW_TOKENS = 32
 
@@ -40,8 +40,12 @@ def multiply(
     x: jax.Array, v: jax.Array, s: jax.Array, u: jax.Array, *, blocks: Blocks, interpret: Any = False
 ) -> jax.Array:
     """x (n, b1 p), v (b1, r, p), s (b2, b1, r), u (b2, r, q) -> (n, b2 q) in x's dtype."""
-    z = _mix(x, v, s, blocks, interpret)
-    return _sum("jnr,jrf->njf", z, u.astype(x.dtype), interpret).reshape(len(x), -1).astype(x.dtype)
+    n = len(x)
+    x, (v, s, u) = _whole(x, v, s, u)
+    y = dot(x.reshape(len(x), len(v), -1), v, (2, 2), (1, 0), interpret=interpret)
+    z = _mix(y, s, n, interpret)
+    out = dot(z, u, (2, 1), (0, 0), interpret=interpret)
+    return out[:, :n].swapaxes(0, 1).reshape(n, blocks.outputs)
 
 
 def gradients(
@@ -54,25 +58,25 @@ def gradients(
     blocks: Blocks,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of v, s and u, in float32, for cotangents g (n, b2 q)."""
-    n, (b1, b2, p, q, r) = len(x), blocks
-    z = _mix(x, v, s, blocks, interpret)
-    dy = _mix(g, u, s.swapaxes(0, 1), Blocks(b2, b1, q, p, r), interpret)
-    xs, gs = x.reshape(n, b1, p), g.reshape(n, b2, q)
-    y, dz = (
-        _sum("nkf,krf->rkn", a, f.astype(x.dtype), interpret).astype(x.dtype) for a, f in ((xs, v), (gs, u))
+    """The gradients of v, s and u, in the factors' dtype or in float32, for cotangents g (n, b2 q)."""
+    n, rank = len(x), blocks.rank
+    dtypes = gradient_dtype(v), gradient_dtype(u)
+    x, (v, s, u) = _whole(x, v, s, u)
+    g = jnp.pad(g, ((0, len(x) - n), (0, 0)))
+    xs, gs = x.reshape(len(x), blocks.b1, -1), g.reshape(len(x), blocks.b2, -1)
+    y, dz = (dot(a, f, (2, 2), (1, 0), interpret=interpret) for a, f in ((xs, v), (gs, u)))
+    z, dy = _mix(y, s, n, interpret), _mix(dz, s.swapaxes(0, 1), n, interpret)
+    dv, du = (
+        dot(ranks, a, (1, 0), (0, 1), dtype=dtype, interpret=interpret)[:, :rank]
+        for ranks, a, dtype in zip((dy, z), (xs, gs), dtypes, strict=True)
     )
-    return (
-        _sum("knr,nkp->krp", dy, xs, interpret),
-        _sum("rjn,rkn->jkr", dz, y, interpret),
-        _sum("jnr,njq->jrq", z, gs, interpret),
-    )
+    return dv, _mix_gradient(dz, y, n, interpret)[..., :rank], du
 
 
 def fits(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradient: bool) -> bool:
-    """Whether registers hold a tile of the mixed ranks of all blocks."""
+    """Whether registers hold what all blocks of a tile add up to."""
     del n, itemsize, factor_itemsize
-    return (max(blocks.b1, blocks.b2) if gradient else blocks.b2) * GRAIN**2 <= ACCUMULATORS
+    return max(blocks.b1 if gradient else 0, blocks.b2) <= PAIRS
 
 
 def slower(n: int, blocks: Blocks) -> str | None:
@@ -82,49 +86,65 @@ def slower(n: int, blocks: Blocks) -> str | None:
     return None
 
 
-def _mix(x: jax.Array, v: jax.Array, s: jax.Array, blocks: Blocks, interpret: Any) -> jax.Array:
-    """z (b2, n, r): what U is to be multiplied by."""
-    n = len(x)
-    b1, b2, true_p, _, true_r = blocks
-    p, r = (-(-size // GRAIN) * GRAIN for size in (true_p, true_r))
-    tokens, ranks = _plan(n, b2, r, x.dtype.itemsize)
-    if p != true_p:
-        x = jnp.pad(x.reshape(n, b1, true_p), ((0, 0), (0, 0), (0, p - true_p))).reshape(n, -1)
-    x = jnp.pad(x, ((0, -n % tokens), (0, 0)))
-    v = jnp.pad(v, ((0, 0), (0, r - true_r), (0, p - true_p)))
-    s = jnp.pad(s, ((0, 0), (0, 0), (0, r - true_r)))
-    body = functools.partial(mix_looped, blocks=blocks._replace(p=p))
-    z = launch(
-        body, x, v, s,
-        platform="cuda", interpret=interpret, name="blast_mix",
-        grid=(len(x) // tokens, r // ranks),
+def _whole(x: jax.Array, *factors: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+    """x with tokens for whole tiles, and the factors v, s, u in its dtype with ranks for whole ones."""
+    v, s, u = (f.astype(x.dtype) for f in factors)
+    missing = -v.shape[1] % GRAIN
+    return jnp.pad(x, ((0, -len(x) % IN_A_ROW), (0, 0))), [
+        jnp.pad(v, ((0, 0), (0, missing), (0, 0))),
+        jnp.pad(s, ((0, 0), (0, 0), (0, missing))),
+        jnp.pad(u, ((0, 0), (0, missing), (0, 0))),
+    ]
+
+
+def _mix(y: jax.Array, s: jax.Array, tokens: int, interpret: Any) -> jax.Array:
+    """y (b1, n, r), s (b2, b1, r) -> z (b2, n, r), what u is to be multiplied by; `tokens` of the n count."""
+    (b1, n, r), b2 = y.shape, len(s)
+    plan = _plan(n, b2, r)
+    z = jax.ShapeDtypeStruct((b2, n, r), y.dtype)
+    return launch(
+        mix, y, s,
+        platform="cuda", interpret=interpret, name="blast_mix", num_warps=WARPS,
+        grid=(n // plan.tokens, r // plan.ranks),
         in_specs=[
-            pl.BlockSpec((tokens, b1 * p), lambda i, c: (i, 0)),
-            pl.BlockSpec((b1, ranks, p), lambda i, c: (0, c, 0)),
-            pl.BlockSpec((b2, b1, ranks), lambda i, c: (0, 0, c)),
+            pl.BlockSpec((b1, plan.tokens, plan.ranks), lambda i, c: (0, i, c)),
+            pl.BlockSpec((b2, b1, plan.ranks), lambda i, c: (0, 0, c)),
         ],
-        out_specs=pl.BlockSpec((b2, tokens, ranks), lambda i, c: (0, i, c)),
-        out_shape=jax.ShapeDtypeStruct((b2, len(x), r), x.dtype),
-        num_warps=8,
-        num_stages=2,
-        work=blast_work(
-            n, blocks._replace(q=0), len(x), itemsize=x.dtype.itemsize, factor_itemsize=v.dtype.itemsize, products=1,
-            mix=1,
-        )._replace(intermediate_bytes=b2 * len(x) * r * x.dtype.itemsize),
+        out_specs=pl.BlockSpec((b2, plan.tokens, plan.ranks), lambda i, c: (0, i, c)),
+        out_shape=z,
+        work=_work(tokens, n, b1, b2, r, y)._replace(intermediate_bytes=b2 * n * r * y.dtype.itemsize),
     )  # fmt: skip
-    return z[:, :n, :true_r]
 
 
-def _plan(n: int, b2: int, r: int, itemsize: int) -> Plan:
-    """The largest tile whose sums for all blocks, beside operands of so many bytes, fit in registers."""
-    tokens = next(
-        t for t in (TOKENS, 32, GRAIN) if t == GRAIN or (t < 2 * n and b2 * t * GRAIN <= ACCUMULATORS)
+def _mix_gradient(dz: jax.Array, y: jax.Array, tokens: int, interpret: Any) -> jax.Array:
+    """dz (b2, n, r), y (b1, n, r) -> ds (b2, b1, r), in float32."""
+    (b2, n, r), b1 = dz.shape, len(y)
+    ranks = next(c for c in (SUMMED, 64, 32, GRAIN) if r % c == 0)
+    count = next(j for j in range(b2, 0, -1) if (b2 % j == 0 and j * b1 <= PAIRS) or j == 1)
+    parts = n // IN_A_ROW
+    sums = launch(
+        mix_gradient, dz, y,
+        platform="cuda", interpret=interpret, name="blast_mix_gradient", num_warps=max(1, ranks // 64),
+        grid=(parts, b2 // count, r // ranks),
+        in_specs=[
+            pl.BlockSpec((count, IN_A_ROW, ranks), lambda i, j, c: (j, i, c)),
+            pl.BlockSpec((b1, IN_A_ROW, ranks), lambda i, j, c: (0, i, c)),
+        ],
+        out_specs=pl.BlockSpec((1, count, b1, ranks), lambda i, j, c: (i, j, 0, c)),
+        out_shape=jax.ShapeDtypeStruct((parts, b2, b1, r), jnp.float32),
+        work=_work(tokens, n, b1, b2, r, y),
+    )  # fmt: skip
+    return sums.sum(0)
+
+
+def _plan(n: int, b2: int, r: int) -> Plan:
+    """The largest tile whose sums for all blocks fit in registers, of ranks that a warp reads in whole lines."""
+    ranks = next(c for c in (MIXED, 32, GRAIN) if r % c == 0)
+    return Plan(next(t for t in (32, 16, 8, 4, 2, 1) if t == 1 or b2 * t * ranks <= SUMS), ranks)
+
+
+def _work(tokens: int, filled: int, b1: int, b2: int, r: int, y: jax.Array) -> Work:
+    flops = 2 * b1 * b2 * r
+    return Work(
+        flops=flops * tokens, bytes=(b1 + b2) * tokens * r * y.dtype.itemsize, padded_flops=flops * filled
     )
-    sizes = [c for c in (64, 32, GRAIN) if r % c == 0 and c * itemsize <= BYTES_OF_RANKS]
-    return Plan(tokens, next(c for c in sizes if c == GRAIN or b2 * tokens * c <= ACCUMULATORS))
-
-
-def _sum(subscripts: str, a: jax.Array, b: jax.Array, interpret: Any) -> jax.Array:
-    if interpret:  # XLA:CPU doesn't sum all products of bfloat16 in float32
-        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    return jnp.einsum(subscripts, a, b, precision=exact(a), preferred_element_type=jnp.float32)

@@ -5,7 +5,9 @@ features, so that the factors of the transpose are those of the matrix, exchange
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
 
 from pallas_kernels.lowering import Work
 
@@ -73,3 +75,8 @@ def powers_of_two(size: int, most: int) -> list[tuple[int, int]]:
         parts.append((start, length))
         start += length
     return parts
+
+
+def gradient_dtype(factor: Any) -> Any:
+    """What a factor's gradient is computed in: that of integers, which nobody asks for, in float32."""
+    return factor.dtype if jnp.issubdtype(factor.dtype, jnp.floating) else jnp.dtype(jnp.float32)

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.blocks import Blocks
-from pallas_kernels.kernels.monarch_matmul import dot, project_looped, tile_of
+from pallas_kernels.kernels.monarch_matmul import dot, tile_of
 
 GROUP = 8
 
@@ -172,14 +172,32 @@ def _ungrouped(z: jax.Array, count: int, ranks: int, dtype: Any) -> list[jax.Arr
     return [by_block[:, j].reshape(groups * GROUP, n)[:ranks].astype(dtype) for j in range(count)]
 
 
-def mix_looped(x_ref: Any, v_ref: Any, s_ref: Any, z_ref: Any, *, blocks: Blocks) -> None:
-    """x (n, b1 p), v (b1, r, p), s (b2, b1, r) -> z (b2, n, r)."""
-    _, n, r = z_ref.shape
+def mix(y_ref: Any, s_ref: Any, z_ref: Any) -> None:
+    """y (b1, n, r), s (b2, b1, r) -> z (b2, n, r): z_j = sum_k s_jk * y_k."""
+    b2, b1, _ = s_ref.shape
 
     def add(k: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        y = project_looped(x_ref, k * blocks.p, v_ref, (k, slice(None)), blocks.p, r)
+        y = y_ref[k].astype(jnp.float32)
         return tuple(z + s_ref[j, k][None].astype(jnp.float32) * y for j, z in enumerate(sums))
 
-    zeros = tuple(jnp.zeros((n, r), jnp.float32) for _ in range(blocks.b2))
-    for j, z in enumerate(lax.fori_loop(0, blocks.b1, add, zeros)):
+    zeros = (jnp.zeros(z_ref.shape[1:], jnp.float32),) * b2
+    for j, z in enumerate(lax.fori_loop(0, b1, add, zeros)):
         z_ref[j] = z.astype(z_ref.dtype)
+
+
+def mix_gradient(dz_ref: Any, y_ref: Any, ds_ref: Any) -> None:
+    """dz (j, n, r), y (b1, n, r) -> ds (1, j, b1, r): the sums over n tokens of dz_j * y_k."""
+    (count, n, r), b1 = dz_ref.shape, len(y_ref)
+
+    def row(ref: Any, block: int, i: Any) -> jax.Array:
+        return ref[block, pl.ds(i, 1)].astype(jnp.float32)
+
+    def add(i: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        ys = [row(y_ref, k, i) for k in range(b1)]
+        terms = (dz * y for dz in (row(dz_ref, j, i) for j in range(count)) for y in ys)
+        return tuple(total + term for total, term in zip(sums, terms, strict=True))
+
+    sums = iter(lax.fori_loop(0, n, add, (jnp.zeros((1, r), jnp.float32),) * (count * b1)))
+    for j in range(count):
+        for k in range(b1):
+            ds_ref[0, j, pl.ds(k, 1)] = next(sums)

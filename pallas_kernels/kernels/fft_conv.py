@@ -394,10 +394,7 @@ def _product(
             term = lax.dot_general(
                 *order(matrix, part), (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
             )
-            if total is None:
-                total = term
-            else:
-                total = total - term if i == 0 else total + term
+            total = term if total is None else total - term if i == 0 else total + term
     return total
 
 

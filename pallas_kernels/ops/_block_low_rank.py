@@ -115,12 +115,11 @@ MOST_PAIRS = 1024
 
 
 def by_platform(
-    blocks: Blocks, batched: Callable[..., Any], on_cpu: Callable[..., Any]
+    blocks: Blocks, batched: Callable[..., Any], on_cpu: Callable[..., Any], on_gpu: Callable[..., Any]
 ) -> Callable[..., Any]:
     """XLA's implementation: on a CPU one product a block, because it runs batched ones on one core, or slowly."""
-    if blocks.b1 * blocks.b2 > MOST_PAIRS:
-        return batched
-    return lambda *arrays: jax.lax.platform_dependent(*arrays, cpu=on_cpu, default=batched)
+    few = {"cpu": on_cpu} if blocks.b1 * blocks.b2 <= MOST_PAIRS else {}
+    return lambda *arrays: jax.lax.platform_dependent(*arrays, **few, cuda=on_gpu, default=batched)
 
 
 def project(x: jax.Array, factor: jax.Array) -> list[jax.Array]:

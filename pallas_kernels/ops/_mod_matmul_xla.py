@@ -13,7 +13,6 @@ from pallas_kernels.kernels import modular
 from pallas_kernels.kernels.mod_matmul import Reduction
 from pallas_kernels.kernels.modular import Modulus
 
-
 # Of shorter sums of int8, and of those that aren't filled up to it, XLA makes Triton kernels that count terms twice.
 WHOLE = 32
 

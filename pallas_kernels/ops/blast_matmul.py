@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.blocks import Blocks
+from pallas_kernels.blocks import Blocks, gradient_dtype
 from pallas_kernels.gpu import blast_matmul as gpu
+from pallas_kernels.gpu.products import dot
 from pallas_kernels.operators import Case, Operator
 from pallas_kernels.ops._block_low_rank import (
     baselines,
@@ -126,11 +127,12 @@ def _run(kind: str, choice: dispatch.Choice, *arrays: jax.Array) -> Any:
         run = functools.partial(getattr(accelerator, kind), blocks=blocks)
         return launcher(choice, x, why_not, why_slower, run)
 
-    forms = [by_platform(blocks, *_XLA[kind]), on(tpu, None), on(gpu, gpu.slower(len(x), blocks))]
+    forms = [*_XLA[kind], on(tpu, None), on(gpu, gpu.slower(len(x), blocks))]
     if kind == "gradients":
-        dtypes = [f.dtype if jnp.issubdtype(f.dtype, jnp.floating) else jnp.float32 for f in (v, s, u)]
+        dtypes = [gradient_dtype(f) for f in (v, s, u)]
         forms = [rounding(form, dtypes) for form in forms]
-    xla, for_tpu, for_gpu = forms
+    *in_xla, for_tpu, for_gpu = forms
+    xla = by_platform(blocks, *in_xla)
     return dispatch.run(choice, *arrays, name="blast_matmul", xla=xla, tpu=for_tpu, cuda=for_gpu)
 
 
@@ -160,6 +162,33 @@ def _mixed(s: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum("jkr,knr->jnr", s.astype(y.dtype), y, **exact(y))
 
 
+def _multiply_on_gpu(x: jax.Array, v: jax.Array, s: jax.Array, u: jax.Array) -> jax.Array:
+    z = _mixed_on_gpu(s, _ranks_on_gpu(x, v))
+    return dot(z, u.astype(x.dtype), (2, 1), (0, 0)).swapaxes(0, 1).reshape(len(x), -1)
+
+
+def _gradients_on_gpu(
+    x: jax.Array, g: jax.Array, v: jax.Array, s: jax.Array, u: jax.Array
+) -> tuple[jax.Array, ...]:
+    y, dz = _ranks_on_gpu(x, v), _ranks_on_gpu(g, u)
+    z, dy = _mixed_on_gpu(s, y), _mixed_on_gpu(s.swapaxes(0, 1), dz)
+    dv, du = (
+        dot(ranks, a.reshape(len(a), len(f), -1), (1, 0), (0, 1), dtype=gradient_dtype(f))
+        for ranks, a, f in ((dy, x, v), (z, g, u))
+    )
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return dv, jnp.sum(dz[:, None].astype(wide) * y.astype(wide), 2), du
+
+
+def _ranks_on_gpu(x: jax.Array, v: jax.Array) -> jax.Array:
+    return dot(x.reshape(len(x), len(v), -1), v.astype(x.dtype), (2, 2), (1, 0))
+
+
+def _mixed_on_gpu(s: jax.Array, y: jax.Array) -> jax.Array:
+    wide = jnp.promote_types(y.dtype, jnp.float32)
+    return jnp.sum(s[:, :, None].astype(wide) * y.astype(wide), 1).astype(y.dtype)
+
+
 def _multiply_on_cpu(x: jax.Array, v: jax.Array, s: jax.Array, u: jax.Array) -> jax.Array:
     return expand(_mixed_on_cpu(s, project(x, v)), u, x.dtype)
 
@@ -177,8 +206,8 @@ def _mixed_on_cpu(s: jax.Array, ys: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 _XLA = {
-    "multiply": (_multiply_in_xla, _multiply_on_cpu),
-    "gradients": (_gradients_in_xla, _gradients_on_cpu),
+    "multiply": (_multiply_in_xla, _multiply_on_cpu, _multiply_on_gpu),
+    "gradients": (_gradients_in_xla, _gradients_on_cpu, _gradients_on_gpu),
 }
 
 

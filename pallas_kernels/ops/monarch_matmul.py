@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels.blocks import Blocks
 from pallas_kernels.gpu import monarch_matmul as gpu
+from pallas_kernels.gpu.products import dot
 from pallas_kernels.operators import Case, Operator
 from pallas_kernels.ops._block_low_rank import (
     baselines,
@@ -172,14 +173,18 @@ def _run(kind: str, choice: dispatch.Choice, dtype: Any, *arrays: Any) -> Any:
         run = functools.partial(getattr(accelerator, kind), blocks=blocks, **options)
         return launcher(choice, x, why_not, why_slower, run)
 
+    typed = {"dtype": dtype} if gradient else {}
+    *elsewhere, on_gpu = _XLA[kind]
     forms = [
-        by_platform(blocks, *_XLA[kind]),
-        on(tpu, tpu.slower(*sizes), **({"dtype": dtype} if gradient else {})),
-        on(gpu, gpu.slower(len(x), blocks)),
+        *elsewhere,
+        functools.partial(on_gpu, **typed),
+        on(tpu, tpu.slower(*sizes), **typed),
+        on(gpu, gpu.slower(len(x), blocks, gradient=gradient)),
     ]
     if gradient:
         forms = [rounding(form, (dtype, dtype)) for form in forms]
-    xla, for_tpu, for_gpu = forms
+    *in_xla, for_tpu, for_gpu = forms
+    xla = by_platform(blocks, *in_xla)
     return dispatch.run(choice, *arrays, name="monarch_matmul", xla=xla, tpu=for_tpu, cuda=for_gpu)
 
 
@@ -205,6 +210,31 @@ def _ranks(x: jax.Array, a: jax.Array, outputs: int) -> jax.Array:
     return jnp.einsum("nkp,kjtp->jknt", x.reshape(len(x), len(a), -1), factor, **exact(x))
 
 
+def _multiply_on_gpu(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array | None) -> jax.Array:
+    ranks = _by_output_on_gpu(x, a, len(b))
+    if scale is not None:
+        ranks = (ranks * scale.reshape(len(b), 1, -1)).astype(x.dtype)
+    return dot(ranks, b.astype(x.dtype), (2, 1), (0, 0)).swapaxes(0, 1).reshape(len(x), -1)
+
+
+def _gradients_on_gpu(
+    x: jax.Array, g: jax.Array, a: jax.Array, b: jax.Array, *, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    y, dy = _by_output_on_gpu(x, a, len(b)), _by_output_on_gpu(g, b, len(a))
+    da, db = (
+        dot(ranks, v.reshape(len(v), len(ranks), -1), (1, 0), (0, 1), dtype=dtype)
+        for ranks, v in ((dy, x), (y, g))
+    )
+    return da, db
+
+
+def _by_output_on_gpu(x: jax.Array, a: jax.Array, outputs: int) -> jax.Array:
+    """The ranks of each output block, from all inputs, as (outputs, tokens, ranks)."""
+    n, inputs = len(x), len(a)
+    ranks = dot(x.reshape(n, inputs, -1), a.astype(x.dtype), (2, 2), (1, 0))
+    return ranks.reshape(inputs, n, outputs, -1).transpose(2, 1, 0, 3).reshape(outputs, n, -1)
+
+
 def _multiply_on_cpu(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array | None) -> jax.Array:
     ranks = _by_output(project(x, a), len(b))
     if scale is not None:
@@ -222,9 +252,9 @@ def _by_output(ys: Sequence[jax.Array], outputs: int) -> list[jax.Array]:
     return [jnp.concatenate(parts, 1) for parts in zip(*(jnp.split(y, outputs, 1) for y in ys), strict=True)]
 
 
-_XLA = {
-    "multiply": (_multiply_in_xla, _multiply_on_cpu),
-    "gradients": (_gradients_in_xla, _gradients_on_cpu),
+_XLA: dict[str, tuple[Callable[..., Any], ...]] = {
+    "multiply": (_multiply_in_xla, _multiply_on_cpu, _multiply_on_gpu),
+    "gradients": (_gradients_in_xla, _gradients_on_cpu, _gradients_on_gpu),
 }
 
 
