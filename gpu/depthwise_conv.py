@@ -6,24 +6,39 @@ padding are skipped, so nothing is padded but channels that no block divides.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.kernels.depthwise_conv import Slab, correlate, correlate_gradient
+from pallas_kernels.kernels.depthwise_conv import (
+    Slab,
+    correlate,
+    correlate_gradient,
+    correlate_together,
+    multiply_adds,
+)
 from pallas_kernels.lowering import Work, launch
-from pallas_kernels.windows import Axis, Gather, Rows, Strips
+from pallas_kernels.windows import Axis, Gather, Rows, Strips, Taps
 
 # Columns, of the image or of the kernel, that are accumulated together in a thread's registers.
 TILE = 14
 # Multiply-adds, and 8 times the columns, in the code for one row of the kernel: what compiles within seconds.
 CODE_BUDGET = 2_000
+# Pixels that the code for a chunk of a row reads for the weight gradient.
+GRADIENT_READS = 64
+# Reads of pixels and of padding, by those of pixels, for which there is one code for all tiles of a row.
+MOST_READ = 1.2
 # Columns of the strips that wider images are cut into.
 STRIP = 56
 # Programs that fill a GPU.
 PROGRAMS = 1024
+# Rows that a program computes together at most, their sums in a thread, and channels of rows that still fill a GPU.
+MOST_TOGETHER, SUMS, FULL = 4, 64, 2**16
+# Multiply-adds in their code.
+TOGETHER_CODE = 800
 
 
 class Plan(NamedTuple):
@@ -52,24 +67,39 @@ def convolve(
     """
     n, _, _, c = x.shape
     plan = _plan(n, c, x.dtype.itemsize, cols, width=cols.axis.kernel)
-    strips, columns = plan.strips, plan.strips.columns
-    blocks = -(-rows.targets // rows.period)
+    strips = plan.strips
+    tile = -(-strips.size // -(-strips.size // TILE))
+    columns, outside = _alike(strips.columns, strips.all_columns, strips.size > tile)
     pieces, w, bias = (
         _whole_blocks(a, plan) for a in (strips.cut(x), w, jnp.zeros(c) if bias is None else bias)
     )
     count, height, width, lanes = pieces.shape
+    slab = _slab(plan)._replace(width=width if outside else None)
+    together = _together(rows, columns, tile, x.dtype.itemsize, pieces.nbytes // 4)
+    size = together * rows.period
+    blocks = -(-rows.targets // size)
 
     # Python's integers would be of 64 bits under x64, and indices are of 32.
     def slab_and_block(i: Any) -> tuple[Any, Any]:
         return jax.lax.div(i, jnp.int32(blocks)), jax.lax.rem(i, jnp.int32(blocks))
 
     def body(*refs: Any) -> None:
-        moved = slab_and_block(pl.program_id(0))[1] * rows.advance
-        taps = [rows.taps(r).shifted(-moved).inside(rows.sources) for r in range(rows.period)]
-        kinds = [Rows(r, 1, t) for r, t in enumerate(taps)]
-        tile = -(-len(columns) // -(-len(columns) // TILE))
+        moved = slab_and_block(pl.program_id(0))[1] * together * rows.advance
+        taps = [rows.taps(r).shifted(-moved) for r in range(rows.period)]
+        if together > 1:
+            correlate_together(
+                *refs,
+                slab=slab,
+                taps=taps[0],
+                sources=rows.sources,
+                count=together,
+                cols=columns,
+                tile=tile,
+            )
+            return
+        kinds = [Rows(r, 1, t.inside(rows.sources)) for r, t in enumerate(taps)]
         correlate(
-            *refs, slab=_slab(plan), rows=kinds, cols=columns,
+            *refs, slab=slab, rows=kinds, cols=columns,
             tile=tile, unroll=1, unrolled_rows=2, loop_tiles=True,
         )  # fmt: skip
 
@@ -83,10 +113,10 @@ def convolve(
             pl.BlockSpec((1, plan.channels), lambda i, c: (0, c)),
         ],
         out_specs=pl.BlockSpec(
-            (plan.images, rows.period, strips.size, plan.channels),
+            (plan.images, size, strips.size, plan.channels),
             lambda i, c: (*slab_and_block(i), 0, c),
         ),
-        out_shape=jax.ShapeDtypeStruct((count, blocks * rows.period, strips.size, lanes), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((count, blocks * size, strips.size, lanes), x.dtype),
         num_warps=plan.num_warps(x.dtype.itemsize),
         work=_work(n, c, rows.axis, plan, pieces, x.nbytes + n * rows.targets * cols.targets * c * x.dtype.itemsize),
     )  # fmt: skip
@@ -110,21 +140,22 @@ def weight_gradient(
     """
     n, _, _, c = x.shape
     plan = _plan(n, c, x.dtype.itemsize, Gather(cols), width=cols.kernel)
-    strips, columns = plan.strips, plan.strips.kernel_columns
+    strips = plan.strips
+    tile = -(-cols.kernel // -(-cols.kernel // TILE))
+    most = strips.size if 2 * strips.size <= GRADIENT_READS else (GRADIENT_READS - tile) // 2
+    chunk = -(-strips.size // -(-strips.size // most))
+    columns, outside = _alike(strips.kernel_columns, strips.all_kernel_columns, strips.size > chunk)
     pieces, cotangents = (_whole_blocks(s.cut(a), plan) for a, s in ((x, strips), (g, strips.of_targets())))
     count, *_, lanes = pieces.shape
     slabs = count // plan.images
     busy = -(-PROGRAMS // (rows.kernel * lanes // plan.channels))
     parts = min(slabs, next(p for p in range(busy, slabs + busy) if slabs % p == 0 or p >= slabs))
     images = count // parts
+    slab = _slab(plan, slabs // parts)._replace(width=pieces.shape[2] if outside else None)
 
     def body(*refs: Any) -> None:
         taps = rows.tap_range(jax.lax.rem(pl.program_id(0), jnp.int32(rows.kernel)))
-        tile = -(-cols.kernel // -(-cols.kernel // TILE))
-        correlate_gradient(
-            *refs, slab=_slab(plan, slabs // parts), rows=[taps], cols=columns,
-            tile=tile, unroll=1, chunk=TILE // 2 if cols.out > 2 * TILE else None,
-        )  # fmt: skip
+        correlate_gradient(*refs, slab=slab, rows=[taps], cols=columns, tile=tile, unroll=1, chunk=chunk)
 
     def spec(a: jax.Array) -> pl.BlockSpec:
         return pl.BlockSpec(
@@ -143,6 +174,28 @@ def weight_gradient(
         work=_work(n, c, rows, plan, pieces, x.nbytes + g.nbytes),
     )  # fmt: skip
     return partial_sums.reshape(parts, rows.kernel, cols.kernel, lanes)[..., :c].sum(0)
+
+
+def _alike(inside: list[Taps], everywhere: list[Taps], several: bool) -> tuple[list[Taps], bool]:
+    """What columns read, and whether of the padding too: for little more, pieces of them then read alike."""
+    pairs, all_pairs = (sum(t.hi - t.lo for t in taps) for taps in (inside, everywhere))
+    outside = several and pairs < all_pairs <= MOST_READ * pairs
+    return (everywhere, True) if outside else (inside, False)
+
+
+def _together(rows: Gather, cols: Sequence[Taps], tile: int, itemsize: int, threads: int) -> int:
+    """How many neighbouring rows a program computes, that each pixel is read for.
+
+    threads: of 4 bytes each, those of all programs if each computed a row.
+    """
+    if (rows.period, rows.advance, rows.axis.dilation) != (1, 1, 1):
+        return 1
+    code, sums = multiply_adds(cols, tile), tile * 4 // itemsize
+    fitting = (
+        r for r in range(min(MOST_TOGETHER, rows.axis.kernel), 1, -1)
+        if rows.targets % r == 0 and r * code <= TOGETHER_CODE and r * sums <= SUMS and threads >= r * FULL
+    )  # fmt: skip
+    return next(fitting, 1)
 
 
 def _plan(n: int, c: int, itemsize: int, cols: Gather, *, width: int) -> Plan:

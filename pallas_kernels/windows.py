@@ -267,18 +267,27 @@ class Strips(NamedTuple):
     @property
     def columns(self) -> list[Taps]:
         """What each column of a strip reads. The one strip of an uncut image skips the padding, others read zeros."""
-        taps = [self.gather.taps(t) for t in range(self.size)]
-        if self.count == 1:
-            return [t.inside(self.gather.sources) for t in taps]
+        taps = self.all_columns
+        return [t.inside(self.gather.sources) for t in taps] if self.count == 1 else taps
+
+    @property
+    def all_columns(self) -> list[Taps]:
+        """The same, of the padding too."""
         first = self.first
-        return [t.shifted(first) for t in taps]
+        return [self.gather.taps(t).shifted(first) for t in range(self.size)]
 
     @property
     def kernel_columns(self) -> list[Taps]:
-        """For each kernel column the outputs of a strip that read through it."""
+        """For each kernel column the outputs of a strip that read through it; of an uncut image, an input."""
         axis = self.gather.axis
         if self.count == 1:
             return [axis.tap_range(k) for k in range(axis.kernel)]
+        return self.all_kernel_columns
+
+    @property
+    def all_kernel_columns(self) -> list[Taps]:
+        """The same, the padding too."""
+        axis = self.gather.axis
         first = self.first + axis.pad_lo
         return [Taps(axis.dilation * k - first, axis.stride, 0, 1, 0, self.size) for k in range(axis.kernel)]
 

@@ -192,15 +192,38 @@ def test_gpu_loops_over_tiles(
     assert_near(results(gpu, axes, x, w, g), expected(x, w, g, kernel, stride))
 
 
+@pytest.mark.parametrize("padding", [0, 2, 5])
+@pytest.mark.parametrize("together, kernel", [(2, 3), (3, 3), (4, 5)])
+def test_gpu_rows_computed_together(
+    monkeypatch: pytest.MonkeyPatch, together: int, kernel: int, padding: int
+) -> None:
+    """In an image of one tile, or with tiles that read padding like pixels; what is not finite stays where it is."""
+    monkeypatch.setattr(gpu, "FULL", 0)
+    monkeypatch.setattr(gpu, "MOST_TOGETHER", together)
+    monkeypatch.setattr(gpu, "TILE", 4)
+    rng = np.random.default_rng(together)
+    height = 4 * together * 3 + kernel - 1 - 2 * padding
+    for width in (4, 11):
+        rows, cols = Axis(height, kernel, 1, 1, padding, padding), Axis(width, 3, 1, 1, 1, 1)
+        x = jnp.asarray(rng.normal(size=(2, height, width, 24)), jnp.float32).at[1, 2, 1, 3].set(jnp.inf)
+        w = jnp.asarray(rng.normal(size=(kernel, 3, 24)), jnp.float32)
+        traced = jax.make_jaxpr(lambda x, w: gpu.convolve(x, w, None, Gather(rows), Gather(cols)))(x, w)  # noqa: B023
+        assert str(traced).count("cond[") == together * (1 if width == 4 else 2)
+        got = gpu.convolve(x, w, None, Gather(rows), Gather(cols), interpret=True)
+        want = reference(x, w, padding=[(padding, padding), (1, 1)])
+        assert not np.isfinite(want).all()
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_gpu_code_does_not_grow_with_the_image(stride: int) -> None:
     """Triton's time to compile grows with the cube of the code."""
 
-    def equations(width: int) -> int:
+    def products(width: int) -> int:
         axes, x, w, g = arrays((1, 4, width, 32), (3, 3), stride)
-        return str(jax.make_jaxpr(functools.partial(results, gpu, axes))(x, w, g)).count("\n")
+        return str(jax.make_jaxpr(functools.partial(results, gpu, axes))(x, w, g)).count("= mul")
 
-    assert equations(2 * 112) <= 1.1 * equations(112)
+    assert products(4 * 112) <= 1.1 * products(2 * 112)
 
 
 def planned(shape: tuple[int, ...], kernel: int, gradient: bool) -> tpu.Plan:

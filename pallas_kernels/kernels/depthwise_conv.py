@@ -24,12 +24,26 @@ class Slab(NamedTuple):
     at: (row, column, group) -> the index of a slab.
     channels: those of the slabs, in the Refs of a kernel.
     groups: slabs of each pixel, where they are summed over.
+    width: columns of the source, if others may be read, which are zero.
     """
 
     shape: tuple[int, int]
     at: Callable[[Any, Any, Any], tuple[Any, ...]]
     channels: Any = slice(None)
     groups: int = 1
+    width: int | None = None
+
+    def pixel(self, ref: Any, row: Any, column: Any, group: Any = 0) -> jax.Array:
+        """A slab of the source, in float32."""
+        if self.width is None:
+            return ref[self.at(row, column, group)].astype(jnp.float32)
+        nearest = lax.min(lax.max(jnp.int32(column), jnp.int32(0)), jnp.int32(self.width - 1))
+        x = ref[self.at(row, nearest, group)].astype(jnp.float32)
+        return jnp.where(nearest == column, x, 0.0)
+
+    def broadcast(self, row: jax.Array) -> jax.Array:
+        """Numbers of each channel, as a slab."""
+        return jnp.broadcast_to(row.astype(jnp.float32), self.shape)
 
 
 def correlate(
@@ -52,15 +66,8 @@ def correlate(
       loop_tiles: whether tiles that read alike are a loop, or all unrolled.
       after_row: called with each row that is done.
     """
-    starts = range(0, len(cols), tile)
-    reads = [
-        [(source, t, k) for t, taps in enumerate(cols[start : start + tile]) for source, k in taps.pairs()]
-        for start in starts
-    ]
-    runs = _runs(reads, [len(cols[start : start + tile]) for start in starts], loop_tiles)
-
-    def broadcast(row: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(row.astype(jnp.float32), slab.shape)
+    runs = _tiles(cols, tile, loop_tiles)
+    broadcast = slab.broadcast
 
     def kernel_row(taps: Taps, run: _Run, i: Any, j: Any, sums: _Sums) -> _Sums:
         row, k_row = taps.source + j * taps.source_step, taps.tap + j * taps.tap_step
@@ -72,7 +79,7 @@ def correlate(
 
         totals = list(sums)
         for column, uses in run.by_column():
-            x = x_ref[slab.at(row, column + column_shift, 0)].astype(jnp.float32)
+            x = slab.pixel(x_ref, row, column + column_shift)
             for target, k in uses:
                 totals[target] = lax.add(totals[target], lax.mul(x, weight(k)))
         return tuple(totals)
@@ -82,7 +89,7 @@ def correlate(
 
     def leave(same: Rows, row: Any, run: _Run, i: Any, sums: Sequence[jax.Array]) -> None:
         for t, total in enumerate(sums):
-            column = starts[run.first] + t + i * tile
+            column = (run.first + i) * tile + t
             o_ref[slab.at(same.first + row * same.period, column, 0)] = total.astype(o_ref.dtype)
 
     def target_tile(same: Rows, unroll: int, row: Any, run: _Run, i: Any, _: None) -> None:
@@ -112,7 +119,7 @@ def correlate(
             for offset, readers in itertools.groupby(reads, lambda read: read[0]):
                 pairs = [(totals[r], j) for _, r, j in readers]
                 for column, uses in run.by_column():
-                    x = x_ref[slab.at(taps.source + offset, column, 0)].astype(jnp.float32)
+                    x = slab.pixel(x_ref, taps.source + offset, column)
                     for (sums, j), (t, k) in itertools.product(pairs, uses):
                         sums[t] = lax.add(sums[t], lax.mul(x, weight(j, k)))
             for row, sums in zip(chunk_rows, totals, strict=True):
@@ -131,6 +138,52 @@ def correlate(
         else:
             step = functools.partial(target_row, same, max(1, same.taps.hi) if over_rows else unroll)
             loop(0, same.count, rows_at_once if over_rows else same.count, step, None)
+
+
+def correlate_together(
+    x_ref: Any, w_ref: Any, b_ref: Any, o_ref: Any, *, slab: Slab, taps: Taps, sources: int, count: int,
+    cols: Sequence[Taps], tile: int,
+) -> None:  # fmt: skip
+    """One block of `count` rows, of which each reads one source further on: each pixel is read for all of them.
+
+    Args:
+      x_ref, w_ref, b_ref, o_ref, slab, cols, tile: as in `correlate`; tiles that read alike are a loop.
+      taps: what the first row would read of a source without an end, one after the other.
+      sources: the rows that there are.
+    """
+
+    def pixel_row(run: _Run, i: Any, q: Any, sums: tuple[_Sums, ...]) -> tuple[_Sums, ...]:
+        column_shift, k_shift = (i * step for step in run.shift)
+        pixels = [
+            (slab.pixel(x_ref, taps.source + q, column + column_shift), uses)
+            for column, uses in run.by_column()
+        ]
+
+        def add(k_row: Any, totals: _Sums) -> _Sums:
+            weight = functools.cache(
+                lambda k: slab.broadcast(w_ref[k_row, pl.ds(k + k_shift, 1), slab.channels])
+            )
+            found = list(totals)
+            for x, uses in pixels:
+                for target, k in uses:
+                    found[target] = lax.add(found[target], lax.mul(x, weight(k)))
+            return tuple(found)
+
+        return tuple(
+            lax.cond((q >= row) & (q < row + taps.hi), functools.partial(add, q - row), lambda t: t, totals)
+            for row, totals in enumerate(sums)
+        )
+
+    def target_tile(run: _Run, i: Any, _: None) -> None:
+        sums = ((slab.broadcast(b_ref[:, slab.channels]),) * run.size,) * count
+        here = taps._replace(hi=taps.hi + count - 1).inside(sources)
+        sums = loop(here.lo, here.hi, 1, functools.partial(pixel_row, run, i), sums)
+        for row, totals in enumerate(sums):
+            for t, total in enumerate(totals):
+                o_ref[slab.at(row, (run.first + i) * tile + t, 0)] = total.astype(o_ref.dtype)
+
+    for run in _tiles(cols, tile, loop=True):
+        loop(0, run.count, 1, functools.partial(target_tile, run), None)
 
 
 def correlate_gradient(
@@ -160,12 +213,11 @@ def correlate_gradient(
 
     def pixel_chunk(taps: Taps, run: _Run, group: Any, j: Any, i: Any, sums: _Sums) -> _Sums:
         column_shift, x_shift = (i * step for step in run.shift)
-        load = lambda ref, row, column: ref[slab.at(row, column, group)].astype(jnp.float32)  # noqa: E731
         x_row, g_row = taps.source + j * taps.source_step, taps.tap + j * taps.tap_step
-        pixel = functools.cache(lambda column: load(x_ref, x_row, column + x_shift))
+        pixel = functools.cache(lambda column: slab.pixel(x_ref, x_row, column + x_shift, group))
         totals = list(sums)
         for column, uses in run.by_column():
-            g = load(g_ref, g_row, column + column_shift)
+            g = g_ref[slab.at(g_row, column + column_shift, group)].astype(jnp.float32)
             for k, x_column in uses:
                 totals[k] = lax.add(totals[k], lax.mul(pixel(x_column), g))
         return tuple(totals)
@@ -207,6 +259,18 @@ class _Run(NamedTuple):
         """For each column that the first tile reads, its uses: an accumulator and the index of the other factor."""
         groups = itertools.groupby(sorted(self.reads), lambda read: read[0])
         return [(column, [(t, other) for _, t, other in uses]) for column, uses in groups]
+
+
+def multiply_adds(cols: Sequence[Taps], tile: int) -> int:
+    """Those in the code for one row of the kernel, in which tiles that read alike are a loop."""
+    return sum(len(run.reads) for run in _tiles(cols, tile, loop=True))
+
+
+def _tiles(cols: Sequence[Taps], size: int, loop: bool) -> list[_Run]:
+    """Of each `size` columns, what they read."""
+    tiles = [cols[start : start + size] for start in range(0, len(cols), size)]
+    reads = [[(source, t, k) for t, taps in enumerate(tile) for source, k in taps.pairs()] for tile in tiles]
+    return _runs(reads, [len(tile) for tile in tiles], loop)
 
 
 def _runs(tiles: Sequence[_Reads], sizes: Sequence[int], loop: bool) -> list[_Run]:
