@@ -22,10 +22,9 @@ GRAIN, PART = 16, 64
 COLUMNS, COLUMNS_IN_PARTS = 256, 640
 # Elements of gradients that they can.
 ACCUMULATORS = 16 * 1024
-# A product of fewer tokens is as fast as its factors are read.
-FEW_TOKENS = 32
 # Programs that fill a GPU.
 PROGRAMS = 256
+SLOWER = "two batched products by cuBLAS, and what transposes the ranks between them, are faster"
 TOO_LARGE = "tensor cores would recompute or spill ranks above 256: that is two products of large matrices"
 
 
@@ -178,14 +177,3 @@ def _whole_parts(x: Any, g: Any, a: Any, b: Any, scale: Any, blocks: Blocks) -> 
         scale,
         filled,
     )
-
-
-def slower(n: int, blocks: Blocks, *, gradient: bool) -> str | None:
-    """Why XLA is faster."""
-    if gradient:
-        return "cuBLAS sums over tokens several times as fast"
-    if blocks.b1 == blocks.b2 == 1:
-        return "two dense products of full tiles leave nothing to fuse"
-    if n < FEW_TOKENS:
-        return f"for fewer than {FEW_TOKENS} tokens reading the factors is all there is to do"
-    return None

@@ -1,7 +1,9 @@
 """Every kernel of the library goes through the vendors' compilers, at shapes that take every path."""
 
+import dataclasses
 import itertools
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pallas_kernels import cli
+from pallas_kernels import aot, cli
 from pallas_kernels.gpu import _depthwise_conv_triton as baseline
 from pallas_kernels.operators import operators
 
@@ -35,8 +37,12 @@ KERNELS = {
     "monarch_matmul": {"monarch_matmul", "monarch_matmul_gradients"},
     "ntt": {"intt", "ntt"},
 }
-# On a GPU the products around the mixing of ranks, and those of low rank, are XLA's; v4 multiplies no int8.
-ON_GPU = {"blast_matmul": {"blast_mix"}, "low_rank_matmul": set[str]()}
+# On a GPU products of blocks are cuBLAS's, unless somebody asks for a kernel; v4 multiplies no int8.
+ON_GPU = {
+    "blast_matmul": {"blast_mix", "blast_mix_gradient"},
+    "low_rank_matmul": set[str](),
+    "monarch_matmul": set[str](),
+}
 ON_V4 = {name: set[str]() for name in ("basis_conversion", "mod_matmul", "ntt")}
 
 
@@ -65,6 +71,21 @@ def test_every_kernel_compiles(name: str, target: str, capsys: pytest.CaptureFix
     for kernel in kernels:
         assert not kernel["spill_bytes"]
         assert kernel["memory_bytes"] is None or kernel["memory_bytes"] <= kernel["memory_limit"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_a_kernel_that_somebody_asks_for_compiles(target: str) -> None:
+    operator = operators()["monarch_matmul"]
+    asked = dataclasses.replace(operator, function=partial(operator.function, implementation="pallas"))
+    jobs = [
+        job
+        for case in operator.compile_cases(False)
+        for job in cli._jobs(asked, case, [target], rivals=False)
+    ]
+    reports = list(aot.compile_many(jobs, workers=1, estimate=False))
+    assert {k.name for r in reports for k in r.kernels} == KERNELS["monarch_matmul"]
+    assert not any(r.error or k.error or k.spill_bytes for r in reports for k in r.kernels)
 
 
 @pytest.mark.parametrize(

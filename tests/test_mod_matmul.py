@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import re
 
 import flint
 import jax
@@ -16,6 +17,7 @@ import pallas_kernels as pk
 from pallas_kernels import aot, lowering
 from pallas_kernels.aot._programs import described
 from pallas_kernels.kernels import mod_matmul as kernels
+from pallas_kernels.operators import operators
 
 MODULI = (3, 257, 536903681, 1073692673, 2147473409, 2147483647)
 
@@ -204,3 +206,22 @@ def test_values_are_checked():
         pk.he.mod_matmul(a.astype(np.float32), a, (17,))
     with pytest.raises(ValueError, match=r"are not those of the plan, \(17,\)"):
         pk.he.mod_matmul(a, pk.he.ModMatmulPlan(a, (17,)), (19,))
+
+
+@pytest.mark.parametrize(
+    "name, case",
+    [("mod_matmul", "9x7x5"), ("ntt", "split"), ("ntt", "ntt n8 "), ("basis_conversion", "1 to 2")],
+)
+def test_gpus_sum_no_int8_that_xla_gets_wrong(name: str, case: str) -> None:
+    """On an H200, int8 products of 2, 3, 5, 7, 9, 13 and 15 terms were twice what they should be, of 4 n were right."""
+    if case == "split":
+        plan = pk.he.NttPlan(8, (17,), split=(4, 2))
+        call, arguments = functools.partial(pk.he.ntt, plan=plan), (jnp.zeros((1, 8), jnp.uint32),)
+    else:
+        operator = operators()[name]
+        chosen = next(c for c in operator.parity_cases() if case in c.name)
+        call, arguments = functools.partial(operator.function, **chosen.options), chosen.arguments
+    call = functools.partial(call, implementation="xla")
+    text = jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    found = re.findall(r"contracting_dims = \[(\d+)\] x .*: \(tensor<([\dx]+)xi8>", text)
+    assert found and all(int(shape.split("x")[int(axis)]) % 4 == 0 for axis, shape in found)

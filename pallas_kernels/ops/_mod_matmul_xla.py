@@ -13,15 +13,24 @@ from pallas_kernels.kernels import modular
 from pallas_kernels.kernels.mod_matmul import Reduction
 from pallas_kernels.kernels.modular import Modulus
 
-# Of shorter sums of int8, and of those that aren't filled up to it, XLA makes Triton kernels that count terms twice.
+# XLA makes Triton kernels of some shorter sums of int8, of an odd number of terms or of 2, that count them twice.
 WHOLE = 32
+
+
+def filled(x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x (..., K) and weights (..., K, N) for products with as many terms, of zeros, as GPUs need: see `WHOLE`."""
+    missing = -x.shape[-1] % WHOLE
+    if not missing:
+        return x, weights
+    zeros = [(0, 0)] * (weights.ndim - 2)
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]), jnp.pad(
+        weights, [*zeros, (0, missing), (0, 0)]
+    )
 
 
 def in_digits(x: jax.Array, weights: jax.Array, m: Modulus, how: Reduction) -> jax.Array:
     """x (L, M, K) int32 @ weights modulo q, canonical, from the digits (L, 4, 4, K, N) of the weights."""
-    missing = -x.shape[-1] % WHOLE
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, missing)))
-    weights = jnp.pad(weights, ((0, 0),) * 3 + ((0, missing), (0, 0)))
+    x, weights = filled(x, weights)
 
     def one_limb(x: jax.Array, w: jax.Array, *numbers: jax.Array) -> jax.Array:
         m = Modulus(*numbers)

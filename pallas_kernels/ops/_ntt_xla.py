@@ -15,6 +15,7 @@ from pallas_kernels.kernels.modular import Modulus
 from pallas_kernels.ops._mod_matmul_xla import (
     canonical_uint32,
     centred_float64,
+    filled,
     float64_modulus,
     reduce_float64,
     split_float64,
@@ -32,7 +33,8 @@ def in_digits(x: jax.Array, *tables: jax.Array, inverse: bool, how: Reduction) -
             return kernels.fold(kernels.stacked_times(left, x), m, how)
 
         def along_rows(x: jax.Array) -> jax.Array:
-            return kernels.fold(kernels.times_weights(kernels.digits(x), lambda j, p: right[j, p]), m, how)
+            x, weights = filled(x, right)
+            return kernels.fold(kernels.times_weights(kernels.digits(x), lambda j, p: weights[j, p]), m, how)
 
         first, second = (along_rows, down_columns) if inverse else (down_columns, along_rows)
         return modular.canonical(second(modular.mul_constant(first(x), words, shares, m)), m)

@@ -179,7 +179,7 @@ def _run(kind: str, choice: dispatch.Choice, dtype: Any, *arrays: Any) -> Any:
         *elsewhere,
         functools.partial(on_gpu, **typed),
         on(tpu, tpu.slower(*sizes), **typed),
-        on(gpu, gpu.slower(len(x), blocks, gradient=gradient)),
+        on(gpu, gpu.SLOWER),
     ]
     if gradient:
         forms = [rounding(form, (dtype, dtype)) for form in forms]
