@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import baselines as baselines_of
 from pallas_kernels import bench, operators
-from pallas_kernels.baselines import of_jax
+from pallas_kernels.baselines import Contestant, of_jax
 from pallas_kernels.operators import Case, Operator
 from pallas_kernels.ops._depthwise_conv_baselines import baselines
 
@@ -92,6 +94,34 @@ def test_a_contestant_and_a_tolerance_of_an_operator_s_own() -> None:
     strict = dataclasses.replace(SCALED, contestant=off, tolerance=1e-9)
     notes = {row.contestant: row.note for row in bench.time_case(strict, SCALED.bench_cases()[0])}
     assert notes[bench.OURS].startswith("wrong: result differs") and same.contestant == "the same"
+
+
+def test_a_gpu_makes_many_calls_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On arguments of their own, each waiting for the one before; and XLA is a contestant."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    shapes = [np.zeros(n, np.uint8) for n in (1 << 12, 1 << 25, 1 << 27)]
+    assert [baselines_of.calls_at_once([a]) for a in shapes] == [baselines_of.MOST, 8, baselines_of.FEWEST]
+    monkeypatch.setattr(baselines_of, "UNCACHED", 5 * 3 * X.size * 4)
+    rows = {(r.what, r.contestant): r for r in bench.time_case(SCALED, SCALED.bench_cases()[0])}
+    assert {name for _, name in rows} == {bench.OURS, f"{bench.OURS}, XLA", *SCALED.baselines}
+    assert rows["forward", "wrong"].note and rows["forward", "wrong gradient"].note
+    assert all(rows[what, "the same"].median > 0 for what in bench.PASSES)
+
+    def function(x: jax.Array) -> jax.Array:
+        return jnp.sin(x)
+
+    x = np.ones(X.shape, X.dtype)
+    prepared = of_jax(function, Case("one", (X,), differentiable=(0,)))([x], x)
+    assert prepared.calls == 8 and len(prepared.forward()) == len(prepared.gradients()) == 8
+
+
+def test_times_are_of_one_call() -> None:
+    def pause() -> None:
+        time.sleep(0.02)
+
+    contestant = Contestant(pause, pause, lambda out: [], calls=4)
+    for what in bench.PASSES:
+        assert 5 <= bench._timer(contestant, what)() < 15
 
 
 @pytest.mark.slow
