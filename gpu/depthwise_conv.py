@@ -35,7 +35,7 @@ MOST_READ = 1.2
 STRIP = 56
 # Programs that fill a GPU.
 PROGRAMS = 1024
-# Rows that a program computes together at most, their sums in a thread, and channels of rows that still fill a GPU.
+# Rows that a program computes together at most, their sums in a thread, and threads that still fill a GPU.
 MOST_TOGETHER, SUMS, FULL = 4, 64, 2**16
 # Multiply-adds in their code.
 TOGETHER_CODE = 800
@@ -75,7 +75,8 @@ def convolve(
     )
     count, height, width, lanes = pieces.shape
     slab = _slab(plan)._replace(width=width if outside else None)
-    together = _together(rows, columns, tile, x.dtype.itemsize, pieces.nbytes // 4)
+    threads = count * rows.targets * lanes * x.dtype.itemsize // 4
+    together = _together(rows, columns, tile, x.dtype.itemsize, threads)
     size = together * rows.period
     blocks = -(-rows.targets // size)
 

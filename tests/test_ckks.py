@@ -200,6 +200,17 @@ def test_jit_and_pytrees(small):
     assert same.parameters == small.p and same.scale == got.scale
 
 
+@pytest.mark.slow
+def test_moduli_larger_than_any_float():
+    """Their product is above 2^1024."""
+    p = ckks.parameters(2**6, 26, allow_insecure=True)
+    secret, public, _ = ckks.generate_keys(p)
+    x = ckks.encrypt(ckks.encode([1.5, -2.0], p), public)
+    assert math.fsum(map(math.log2, p.moduli)) > 1024
+    assert np.abs(ckks.decode(ckks.decrypt(x, secret), p)[:2] - [1.5, -2.0]).max() < 1e-6
+    assert 950 < ckks.noise_budget(x, secret, [1.5, -2.0]) < 1100
+
+
 def test_noise_budget(small):
     v = small.vector()
     x = small.encrypt(v)

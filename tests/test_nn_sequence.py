@@ -299,3 +299,10 @@ def test_the_language_model_is_causal(random):
     assert before.shape == (2, 24, 7)
     np.testing.assert_allclose(before[:, :15], after[:, :15], atol=1e-5)
     assert np.abs(before[:, 15:] - after[:, 15:]).max() > 1e-3
+
+
+@pytest.mark.parametrize("layer", [SGConv, LongConv, Hyena])
+@pytest.mark.parametrize("length", [0, -3])
+def test_sizes_must_be_positive(layer, length):
+    with pytest.raises(ValueError, match=f"sizes must be positive, got length={length}"):
+        layer(8, length=length, rngs=nnx.Rngs(0))

@@ -19,6 +19,11 @@ class KernelNorm(nnx.Variable):
     """What a kernel is divided by: computed once, never trained."""
 
 
+def _check_positive(**sizes: int) -> None:
+    if wrong := ", ".join(f"{name}={size}" for name, size in sizes.items() if size < 1):
+        raise ValueError(f"sizes must be positive, got {wrong}")
+
+
 class _LongMixer(nnx.Module):
     """Convolve by `kernel()`, weigh in the input, then GELU, dropout and a linear map or its gated form.
 
@@ -89,7 +94,7 @@ class SGConv(_LongMixer):
     Returns (of a call): (B, L, C) for x (B, L, C).
 
     Raises:
-      ValueError: an option is unknown, or no scale is left; from a call, x of another shape.
+      ValueError: an option is unknown, a size is not positive, or no scale is left; from a call, x of another shape.
 
     Example:
       >>> import jax.numpy as jnp
@@ -122,6 +127,7 @@ class SGConv(_LongMixer):
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
+        _check_positive(features=features, length=length, kernel_dim=kernel_dim, channels=channels)
         super().__init__(
             features, channels=channels, bidirectional=bidirectional, dropout=dropout, glu=glu, dtype=dtype,
             param_dtype=param_dtype, implementation=implementation, rngs=rngs,
@@ -188,7 +194,7 @@ class LongConv(_LongMixer):
     Returns (of a call): (B, L, C) for x (B, L, C).
 
     Raises:
-      ValueError: an option is unknown; from a call, x of another shape.
+      ValueError: an option is unknown, or a size is not positive; from a call, x of another shape.
 
     Example:
       >>> import jax.numpy as jnp
@@ -219,6 +225,7 @@ class LongConv(_LongMixer):
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
+        _check_positive(features=features, length=length, window=window, channels=channels)
         super().__init__(
             features, channels=channels, bidirectional=bidirectional, dropout=dropout, glu=glu, dtype=dtype,
             param_dtype=param_dtype, implementation=implementation, rngs=rngs,
@@ -271,7 +278,8 @@ class Hyena(nnx.Module):
     Returns (of a call): (B, L, C) for x (B, L, C).
 
     Raises:
-      ValueError: an order below 2; from a call, x of another shape or longer than `length`.
+      ValueError: an order below 2, or a size that is not positive; from a call, x of another shape, or longer than
+        `length`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -299,6 +307,7 @@ class Hyena(nnx.Module):
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
+        _check_positive(features=features, length=length, waves=waves)
         if order < 2:
             raise ValueError(f"got order={order}, expected 2 or more")
         options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}

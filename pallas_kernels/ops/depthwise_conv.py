@@ -383,6 +383,7 @@ def _compile_cases(full: bool) -> list[Case]:
         _case((8, 56, 56, 40), (3, 3), bf16),
         _case((8, 96, 96, 128), (3, 3), bf16),
         _case((1, 56, 56, 96), (7, 7)),
+        _case((64, 28, 28, 192), (7, 7)),
         _case((8, 57, 57, 64), (3, 3), strides=2, padding=((1, 1), (1, 1))),
         _case((2, 28, 28, 100), (5, 5), bf16, dilation=2),
         _case((2, 1024, 256), (4,), bf16, padding="CAUSAL"),

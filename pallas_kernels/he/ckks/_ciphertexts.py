@@ -81,8 +81,8 @@ def noise_budget(x: Ciphertext, key: SecretKey, expected: Any) -> float:
     """
     expected = np.asarray(expected, np.complex128)
     error = np.abs(decode(decrypt(x, key), x.parameters)[: len(expected)] - expected).max()
-    largest = math.prod(plan_of(x.parameters, x.level).moduli) / 2 / x.scale
-    return math.log2(largest / error) if error else math.inf
+    moduli = plan_of(x.parameters, x.level).moduli
+    return math.fsum(map(math.log2, moduli)) - 1 - math.log2(x.scale * error) if error else math.inf
 
 
 def add(x: Ciphertext, y: Ciphertext | Plaintext) -> Ciphertext:

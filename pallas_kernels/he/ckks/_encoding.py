@@ -58,7 +58,8 @@ def encode(
     # The polynomial with these values at the odd powers of exp(i pi / n).
     coefficients = (np.fft.fft(points) / n * np.exp(-1j * np.pi * np.arange(n) / n)).real * scale
     plan = plan_of(parameters, level)
-    if np.abs(coefficients).max() * 2 >= math.prod(plan.moduli):
+    # Python compares its own numbers of any size.
+    if float(np.abs(coefficients).max()) * 2 >= math.prod(plan.moduli):
         raise ValueError(
             f"ckks: values times the scale 2^{math.log2(scale):.1f} exceed the moduli of level {level}"
         )
