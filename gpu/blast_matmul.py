@@ -101,7 +101,6 @@ def _mix(y: jax.Array, s: jax.Array, tokens: int, interpret: Any) -> jax.Array:
     """y (b1, n, r), s (b2, b1, r) -> z (b2, n, r), what u is to be multiplied by; `tokens` of the n count."""
     (b1, n, r), b2 = y.shape, len(s)
     plan = _plan(n, b2, r)
-    z = jax.ShapeDtypeStruct((b2, n, r), y.dtype)
     return launch(
         mix, y, s,
         platform="cuda", interpret=interpret, name="blast_mix", num_warps=WARPS,
@@ -111,7 +110,7 @@ def _mix(y: jax.Array, s: jax.Array, tokens: int, interpret: Any) -> jax.Array:
             pl.BlockSpec((b2, b1, plan.ranks), lambda i, c: (0, 0, c)),
         ],
         out_specs=pl.BlockSpec((b2, plan.tokens, plan.ranks), lambda i, c: (0, i, c)),
-        out_shape=z,
+        out_shape=jax.ShapeDtypeStruct((b2, n, r), y.dtype),
         work=_work(tokens, n, b1, b2, r, y)._replace(intermediate_bytes=b2 * n * r * y.dtype.itemsize),
     )  # fmt: skip
 

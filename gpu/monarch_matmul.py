@@ -1,4 +1,4 @@
-"""How products with Monarch matrices run on an NVIDIA GPU.
+"""How products with Monarch matrices run on an NVIDIA GPU, if somebody asks for a kernel.
 
 A program computes one tile of one output block. The ranks that block shares with each input block belong to no other,
 so they never leave its registers, and nothing is computed twice unless a wide block is cut into columns.

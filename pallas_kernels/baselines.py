@@ -3,8 +3,8 @@
 `Operator.baselines[name](case)` is None, or a function that takes the arguments and a cotangent as numpy
 arrays, moves them to where it runs, and returns a `Contestant`.
 
-On a GPU a contestant makes many calls at once, each on its own copy of the arguments: one alone would take less time
-than it takes to start, and find its arguments in the cache.
+On an accelerator a contestant makes many calls at once, each on its own copy of the arguments: one alone would take
+less time than it takes to start, and find its arguments in the cache.
 """
 
 import functools
@@ -19,7 +19,7 @@ import numpy as np
 
 from pallas_kernels.operators import Case
 
-# Bytes that no cache of a GPU holds; the fewest and the most copies of a call's arguments.
+# Bytes that no cache holds; the fewest and the most copies of a call's arguments.
 UNCACHED, FEWEST, MOST = 2**28, 4, 32
 
 
@@ -79,7 +79,7 @@ def of_jax(function: Callable[..., jax.Array], case: Case) -> Prepare:
 
 
 def calls_at_once(arrays: Sequence[np.ndarray]) -> int:
-    """How many calls with arguments like these are timed as one: on a GPU, whose cache must not hold them, many."""
+    """How many calls with arguments like these are timed as one: on an accelerator as many as no cache holds."""
     if jax.default_backend() == "cpu":
         return 1
     return min(MOST, max(FEWEST, -(-UNCACHED // sum(a.nbytes for a in arrays))))
@@ -166,9 +166,8 @@ def _recorded(run: Callable[[], Any]) -> Callable[[], Any]:
 
     @functools.cache
     def recording() -> tuple[Any, Any]:
-        with torch.cuda.stream(
-            torch.cuda.Stream()
-        ):  # as PyTorch's manual has it: to warm up, on another stream
+        # As PyTorch's manual has it: what is recorded has run before, on another stream.
+        with torch.cuda.stream(torch.cuda.Stream()):
             run()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
