@@ -43,8 +43,9 @@ def blast_matmul(
 
     With s of ones it is a matrix of rank r, with s the identity in (j, k) a block-diagonal one, and any Monarch matrix
     of as many parameters is a BLAST matrix. What lies between the factors is rounded to x's dtype; on a TPU it never
-    leaves the kernel, on a GPU cuBLAS multiplies, and a kernel sums over k. By a TPU compiler's estimates a dense product comes nearest on v6e
-    with many blocks, which take mixing: 1.3 times as long for 1024 tokens of 4096 features in 16 blocks.
+    leaves the kernel, on a GPU cuBLAS multiplies, and a kernel sums over k. By a TPU compiler's estimates a dense
+    product comes nearest on v6e with many blocks, which take mixing: 1.3 times as long for 1024 tokens of 4096 features
+    in 16 blocks.
 
     Args:
       x: (..., b1 p); float32, bfloat16, float16, or float64 (XLA only).
