@@ -27,10 +27,11 @@ from pallas_kernels.windows import Axis, Gather, Rows, Strips, Taps
 TILE = 14
 # Multiply-adds, and 8 times the columns, in the code for one row of the kernel: what compiles within seconds.
 CODE_BUDGET = 2_000
-# Pixels that the code for a chunk of a row reads for the weight gradient.
-GRADIENT_READS = 64
-# Reads of pixels and of padding, by those of pixels, for which there is one code for all tiles of a row.
-MOST_READ = 1.2
+# Pixels that the code for a chunk of a row reads for the weight gradient, and its multiply-adds, unless it is the row.
+GRADIENT_READS, GRADIENT_CODE = 64, 250
+# Reads of pixels and of padding, by those of pixels, for which there is one code for all tiles of a row, and how many
+# multiply-adds there are otherwise: less may as well stay apart.
+MOST_READ, APART = 1.2, 150
 # Columns of the strips that wider images are cut into.
 STRIP = 56
 # Programs that fill a GPU.
@@ -69,7 +70,8 @@ def convolve(
     plan = _plan(n, c, x.dtype.itemsize, cols, width=cols.axis.kernel)
     strips = plan.strips
     tile = -(-strips.size // -(-strips.size // TILE))
-    columns, outside = _alike(strips.columns, strips.all_columns, strips.size > tile)
+    several = strips.size > tile and multiply_adds(strips.columns, tile) > APART
+    columns, outside = _alike(strips.columns, strips.all_columns, several)
     pieces, w, bias = (
         _whole_blocks(a, plan) for a in (strips.cut(x), w, jnp.zeros(c) if bias is None else bias)
     )
@@ -143,8 +145,8 @@ def weight_gradient(
     plan = _plan(n, c, x.dtype.itemsize, Gather(cols), width=cols.kernel)
     strips = plan.strips
     tile = -(-cols.kernel // -(-cols.kernel // TILE))
-    most = strips.size if 2 * strips.size <= GRADIENT_READS else (GRADIENT_READS - tile) // 2
-    chunk = -(-strips.size // -(-strips.size // most))
+    most = min((GRADIENT_READS - tile) // 2, GRADIENT_CODE // tile)
+    chunk = -(-strips.size // (1 if 2 * strips.size <= GRADIENT_READS else -(-strips.size // most)))
     columns, outside = _alike(strips.kernel_columns, strips.all_kernel_columns, strips.size > chunk)
     pieces, cotangents = (_whole_blocks(s.cut(a), plan) for a, s in ((x, strips), (g, strips.of_targets())))
     count, *_, lanes = pieces.shape

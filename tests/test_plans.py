@@ -187,6 +187,7 @@ def test_gpu_loops_over_tiles(
     monkeypatch: pytest.MonkeyPatch, width: int, kernel: tuple[int, int], stride: int
 ) -> None:
     """Tiles of the image's columns, or all of them reading the same pixels through other taps."""
+    monkeypatch.setattr(gpu, "APART", 0)
     monkeypatch.setattr(gpu, "TILE", 4)
     axes, x, w, g = arrays((2, 3, width, 8), kernel, stride)
     assert_near(results(gpu, axes, x, w, g), expected(x, w, g, kernel, stride))
@@ -199,6 +200,7 @@ def test_gpu_rows_computed_together(
 ) -> None:
     """In an image of one tile, or with tiles that read padding like pixels; what is not finite stays where it is."""
     monkeypatch.setattr(gpu, "FULL", 0)
+    monkeypatch.setattr(gpu, "APART", 0)
     monkeypatch.setattr(gpu, "MOST_TOGETHER", together)
     monkeypatch.setattr(gpu, "TILE", 4)
     rng = np.random.default_rng(together)
