@@ -186,8 +186,9 @@ def test_gpu_plans(
 def test_gpu_loops_over_tiles(
     monkeypatch: pytest.MonkeyPatch, width: int, kernel: tuple[int, int], stride: int
 ) -> None:
-    """Tiles of the image's columns, or all of them reading the same pixels through other taps."""
+    """Tiles of the image's columns, or all of them reading the same pixels through other taps; chunks of outputs."""
     monkeypatch.setattr(gpu, "APART", 0)
+    monkeypatch.setattr(gpu, "GRADIENT_READS", 16)
     monkeypatch.setattr(gpu, "TILE", 4)
     axes, x, w, g = arrays((2, 3, width, 8), kernel, stride)
     assert_near(results(gpu, axes, x, w, g), expected(x, w, g, kernel, stride))
