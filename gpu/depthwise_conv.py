@@ -27,8 +27,9 @@ from pallas_kernels.windows import Axis, Gather, Rows, Strips, Taps
 TILE = 14
 # Multiply-adds, and 8 times the columns, in the code for one row of the kernel: what compiles within seconds.
 CODE_BUDGET = 2_000
-# Pixels that the code for a chunk of a row reads for the weight gradient, and its multiply-adds, unless it is the row.
-GRADIENT_READS, GRADIENT_CODE = 64, 250
+# Pixels that the code for a chunk of a row reads for the weight gradient, and its multiply-adds of a thread, unless it
+# is the row.
+GRADIENT_READS, GRADIENT_CODE = 64, 240
 # Reads of pixels and of padding, by those of pixels, for which there is one code for all tiles of a row, and how many
 # multiply-adds there are otherwise: less may as well stay apart.
 MOST_READ, APART = 1.2, 150
@@ -145,7 +146,7 @@ def weight_gradient(
     plan = _plan(n, c, x.dtype.itemsize, Gather(cols), width=cols.kernel)
     strips = plan.strips
     tile = -(-cols.kernel // -(-cols.kernel // TILE))
-    most = min((GRADIENT_READS - tile) // 2, GRADIENT_CODE // tile)
+    most = min((GRADIENT_READS - tile) // 2, GRADIENT_CODE * x.dtype.itemsize // (4 * tile))
     chunk = -(-strips.size // (1 if 2 * strips.size <= GRADIENT_READS else -(-strips.size // most)))
     columns, outside = _alike(strips.kernel_columns, strips.all_kernel_columns, strips.size > chunk)
     pieces, cotangents = (_whole_blocks(s.cut(a), plan) for a, s in ((x, strips), (g, strips.of_targets())))
