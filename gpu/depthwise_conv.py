@@ -37,10 +37,9 @@ MOST_READ, APART = 1.2, 150
 STRIP = 56
 # Programs that fill a GPU.
 PROGRAMS = 1024
-# Rows that a program computes together at most, their sums in a thread, and threads that still fill a GPU.
-MOST_TOGETHER, SUMS, FULL = 4, 64, 2**16
-# Multiply-adds in their code.
-TOGETHER_CODE = 800
+# Rows that a program may compute together, the most of their sums in a thread and of multiply-adds in their code, and
+# the threads that fill a GPU.
+TOGETHER, SUMS, TOGETHER_CODE, FULL = (4, 2), 64, 800, 2**16
 
 
 class Plan(NamedTuple):
@@ -196,8 +195,9 @@ def _together(rows: Gather, cols: Sequence[Taps], tile: int, itemsize: int, thre
         return 1
     code, sums = multiply_adds(cols, tile), tile * 4 // itemsize
     fitting = (
-        r for r in range(min(MOST_TOGETHER, rows.axis.kernel), 1, -1)
-        if rows.targets % r == 0 and r * code <= TOGETHER_CODE and r * sums <= SUMS and threads >= r * FULL
+        r for r in TOGETHER
+        if r <= rows.axis.kernel and rows.targets % r == 0
+        and r * code <= TOGETHER_CODE and r * sums <= SUMS and threads >= r * FULL
     )  # fmt: skip
     return next(fitting, 1)
 

@@ -202,7 +202,7 @@ def test_gpu_rows_computed_together(
     """In an image of one tile, or with tiles that read padding like pixels; what is not finite stays where it is."""
     monkeypatch.setattr(gpu, "FULL", 0)
     monkeypatch.setattr(gpu, "APART", 0)
-    monkeypatch.setattr(gpu, "MOST_TOGETHER", together)
+    monkeypatch.setattr(gpu, "TOGETHER", (together,))
     monkeypatch.setattr(gpu, "TILE", 4)
     rng = np.random.default_rng(together)
     height = 4 * together * 3 + kernel - 1 - 2 * padding
