@@ -19,7 +19,7 @@ from pallas_kernels.lowering import Work, launch
 # Ranks are filled up to whole ones of these; those of real models are.
 GRAIN = 16
 # Sums that the threads of a program can hold: a tile of all blocks, or pairs of blocks for some ranks each.
-WARPS, SUMS, PAIRS = 4, 16 * 1024, 64
+WARPS, SUMS, PAIRS = 4, 8 * 1024, 64
 # Ranks of a program.
 MIXED, SUMMED = 64, 128
 # Tokens whose products are summed up in a row: longer sums of float32 round worse.

@@ -307,7 +307,7 @@ class Hyena(nnx.Module):
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
-        _check_positive(features=features, length=length, waves=waves)
+        _check_positive(features=features, length=length)
         if order < 2:
             raise ValueError(f"got order={order}, expected 2 or more")
         options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
