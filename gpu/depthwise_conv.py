@@ -1,8 +1,8 @@
 """How depthwise convolution runs on an NVIDIA GPU.
 
 Slabs are (images, channels) with 4 bytes for every thread of a program, read where they lie in (batch, height,
-width, channels). A program computes one row of the image, a tile of its columns at a time in registers; taps in the
-padding are skipped, so nothing is padded but channels that no block divides.
+width, channels). A program computes a row of the image, or a few together, a tile of columns at a time in registers;
+taps in the padding are skipped or read zeros, so nothing is padded but channels that no block divides.
 """
 
 import math
@@ -91,14 +91,8 @@ def convolve(
         taps = [rows.taps(r).shifted(-moved) for r in range(rows.period)]
         if together > 1:
             correlate_together(
-                *refs,
-                slab=slab,
-                taps=taps[0],
-                sources=rows.sources,
-                count=together,
-                cols=columns,
-                tile=tile,
-            )
+                *refs, slab=slab, taps=taps[0], sources=rows.sources, count=together, cols=columns, tile=tile,
+            )  # fmt: skip
             return
         kinds = [Rows(r, 1, t.inside(rows.sources)) for r, t in enumerate(taps)]
         correlate(

@@ -272,13 +272,13 @@ class Strips(NamedTuple):
 
     @property
     def all_columns(self) -> list[Taps]:
-        """The same, of the padding too."""
+        """The same, with what the one strip would read of the padding."""
         first = self.first
         return [self.gather.taps(t).shifted(first) for t in range(self.size)]
 
     @property
     def kernel_columns(self) -> list[Taps]:
-        """For each kernel column the outputs of a strip that read through it; of an uncut image, an input."""
+        """For each kernel column the outputs of a strip that read through it; of an uncut image, not the padding."""
         axis = self.gather.axis
         if self.count == 1:
             return [axis.tap_range(k) for k in range(axis.kernel)]
@@ -286,7 +286,7 @@ class Strips(NamedTuple):
 
     @property
     def all_kernel_columns(self) -> list[Taps]:
-        """The same, the padding too."""
+        """The same, with those that read padding."""
         axis = self.gather.axis
         first = self.first + axis.pad_lo
         return [Taps(axis.dilation * k - first, axis.stride, 0, 1, 0, self.size) for k in range(axis.kernel)]

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +114,18 @@ def test_a_gpu_makes_many_calls_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert prepared.calls == 8 and len(prepared.forward()) == len(prepared.gradients()) == 8
 
 
-def test_times_are_of_one_call() -> None:
-    def pause() -> None:
-        time.sleep(0.02)
+def test_times_are_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
 
-    contestant = Contestant(pause, pause, lambda out: [], calls=4)
+    def spend() -> None:
+        clock[0] += 0.001
+
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    contestant = Contestant(spend, spend, lambda out: [], calls=4)
     for what in bench.PASSES:
-        assert 5 <= bench._timer(contestant, what)() < 15
+        assert abs(bench._timer(contestant, what)() - 0.25) < 1e-9
+    # In each pass one to warm up, one to see how many fill 4 ms, and those.
+    assert abs(clock[0] - 2 * 0.006) < 1e-9
 
 
 @pytest.mark.slow

@@ -49,10 +49,10 @@ def monarch_matmul(
 
         out[n, j, :] = sum_k W2[j, k, :, :]^T (s[j, k, :] * (W1[k, j, :, :] x[n, k, :]))
 
-    What lies between the factors is rounded to x's dtype, and never leaves a Pallas kernel. On a GPU cuBLAS is faster,
-    and the kernel only runs if it is asked for. By a TPU compiler's
-    estimates, which let each transfer have HBM to itself, a dense product is faster at some hundred tokens of wide
-    layers on v6e: for 197 tokens of 4096 features it takes 5 % fewer cycles, and twice the bytes.
+    What lies between the factors is rounded to x's dtype, and never leaves a Pallas kernel. On a GPU cuBLAS multiplies
+    unless `implementation="pallas"` asks for the kernel: an H200 took longer for that. By a TPU compiler's estimates,
+    which let each transfer have HBM to itself, a dense product is faster at some hundred tokens of wide layers on v6e:
+    for 197 tokens of 4096 features it takes 5 % fewer cycles, and twice the bytes.
 
     Args:
       x: (..., b1 p); float32, bfloat16, float16, or float64 (XLA only).
