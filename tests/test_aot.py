@@ -245,6 +245,7 @@ while True:
 """
 
 
+@pytest.mark.sweep
 def test_where_the_profiler_aborts_bundles_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     v4 = replace(aot.TPUS["v4"], static_profile=True)
     monkeypatch.setitem(aot.TARGETS, "v4", v4)
@@ -274,6 +275,7 @@ def test_crash_and_timeout(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> No
     assert not late.compiled and late.error == "the compiler took more than 2 s"
 
 
+@pytest.mark.sweep
 def test_leaving_early_ends_the_children(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[int] = []
     popen = _crew.subprocess.Popen
@@ -344,6 +346,7 @@ def test_what_jaxlib_cannot_read_compiles(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert report.compiled and report.around_cycles is None
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("target", "programs"), [("v5e", 4), ("sm_80", 2)])
 def test_a_child_that_has_grown_is_replaced(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str, programs: int

@@ -107,6 +107,7 @@ PUBLISHED = [
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("name", "layer"), PUBLISHED)
 def test_published_layers(name, layer, random):
     """The definition, one block after the other, in float64; the largest layers in float32 only, to save time."""
@@ -136,6 +137,7 @@ def test_unit_vectors_give_the_columns_of_the_matrix(name, random):
     assert_close(function(name)(jnp.eye(len(dense)), *factors), dense)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("cores", [1, 2])
 def test_plans_of_blast_on_a_tpu(cores, monkeypatch, random):
     """Ragged tiles of tokens and of ranks, programs that add up in parts, on one core and on two."""
@@ -153,6 +155,7 @@ def test_plans_of_blast_on_a_tpu(cores, monkeypatch, random):
     assert_close(got, backward(g)[1:])
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("cores", [1, 2])
 def test_blast_reads_large_factors_amid_the_first_program(cores, monkeypatch, random):
     """Pieces of one block and of two, the last one short; a batch of factors comes as blocks."""
@@ -171,6 +174,7 @@ def test_blast_reads_large_factors_amid_the_first_program(cores, monkeypatch, ra
     assert_close(jax.vmap(run, axes)(batch[0], v, s, u), jax.vmap(reference, axes)(batch[0], v, s, u))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("plan", [(1, 1, 3), (1, 3, 3), (2, 1, 3), (2, 3, 3), (1, 1, 1)])
 def test_plans_of_monarch_on_a_tpu(plan, monkeypatch, random):
     """Ragged tiles of tokens, and programs for some of the blocks; with a scale too."""

@@ -51,6 +51,7 @@ def small() -> Setting:
 # The bounds are those of n = 2^13: noise grows with n, so that they hold all the more here.
 
 
+@pytest.mark.sweep
 def test_encoding_is_near_exact(small):
     v = small.vector()
     for level in (3, 0):
@@ -101,6 +102,7 @@ def test_products(small):
     assert small.error(ckks.add(ckks.product(x, y, small.keys), lower), v * w + v) < 1e-5
 
 
+@pytest.mark.sweep
 def test_products_until_the_end(small):
     v = small.vector() / 2**0.5
     x, power = small.encrypt(v), v
@@ -243,6 +245,7 @@ DIGITS = [(1, 2), *(pytest.param(*c, marks=pytest.mark.slow) for c in
           [(2, 0), (2, 1), (1, 0), (2, 2), (1, 1), (3, 2), (3, 1)])]  # fmt: skip
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("special", "level"), DIGITS)
 def test_noise_of_key_switching_is_as_predicted(special, level):
     n = 2**10
@@ -256,6 +259,7 @@ def test_noise_of_key_switching_is_as_predicted(special, level):
     assert predicted / 2 < error.std() < 2 * predicted
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("special", "level"), DIGITS)
 def test_key_switching_without_noise_only_rounds(special, level, monkeypatch):
     monkeypatch.setattr(_keys, "noise", lambda plan: jnp.zeros((len(plan.moduli), plan.n), jnp.uint32))

@@ -174,6 +174,7 @@ def test_blast_scales_with_its_matrix(random):
 # Networks
 
 
+@pytest.mark.sweep
 @each_method
 def test_half_the_parameters(method, network, random):
     x = jnp.asarray(random.normal(size=(5, 24)), jnp.float32)

@@ -103,6 +103,7 @@ def test_parity(i, implementation):
     assert result.ok, result.message
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("length", LENGTHS)
 def test_every_length_is_the_sum(length, random):
     for taps in {1, -(-length // 3), length, length + 5}:
@@ -145,6 +146,7 @@ def test_signals(conv, signal, random):
     assert max(error(got[..., c], expected[..., c]) for c in (0, 1)) <= 1e-6
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize("precision", ERRORS)
 def test_precisions_keep_their_promise(platform, precision, random):
@@ -163,6 +165,7 @@ def test_long_sequences_in_xla(length, random):
     assert error(pk.fft_conv(u, k, implementation="xla"), expected) <= 1e-6
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize("passes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_outer_passes(platform, passes, random, monkeypatch):
@@ -192,6 +195,7 @@ def test_outer_passes(platform, passes, random, monkeypatch):
     assert_close(got, everything(reference, u, k, before, after), 2e-6)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("shape", "dtype", "precision"),
     [
@@ -327,6 +331,7 @@ def test_gradients_with_one_gate(conv, gate, random):
         assert error(a, want) <= tolerance
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("channels", "part", "loops"), [(8, 4, 0), (7, 3, 0), (24, 3, 2), (17, 3, 2)], ids=str
 )

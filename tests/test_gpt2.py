@@ -242,6 +242,7 @@ def test_it_learns(method, tokens):
         assert np.any(np.asarray(g) != 0), jax.tree_util.keystr(path)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("method", ["monarch", "blast", "low_rank"])
 def test_its_layers_are_compressed(method, model, tokens):
     kind = {"monarch": MonarchLinear, "blast": BlastLinear, "low_rank": LowRankLinear}[method]

@@ -85,6 +85,7 @@ def apply(model, x):
     return model(x)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("variant", COUNTS)
 def test_parameter_counts(variant):
     counts = tuple(
@@ -172,6 +173,7 @@ def network(x, model):
     return linear(layer_norm(x.mean((1, 2)), model.norm), model.head), features
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("size", [(32, 32), (27, 38)])
 def test_definition(random, size):
     model = small(random)
@@ -236,6 +238,7 @@ def test_features(random):
         np.testing.assert_allclose(got, layer_norm(np.asarray(y, np.float64), norm), atol=1e-4)
 
 
+@pytest.mark.sweep
 def test_every_parameter_has_a_gradient(random):
     model = small(random)
     for blocks in model.stages:
@@ -294,6 +297,7 @@ def test_bad_arguments(random):
             small(random).features(jnp.zeros(shape))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", models.list("unireplknet_*"))
 def test_every_name_runs(name):
     small = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8), "num_classes": 7, "in_channels": 2}

@@ -91,6 +91,7 @@ def pairs() -> tuple[np.ndarray, np.ndarray]:
     return a, b
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("operation", [o for o in OPERATIONS if o != "reduce"])
 def test_operations_at_the_edges(operation, implementation):
     a, b = pairs()

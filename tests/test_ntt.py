@@ -51,6 +51,7 @@ def definition(x: np.ndarray, q: int, order: str) -> np.ndarray:
     return np.array(values)[np.arange(n) if order == "natural" else moduli.bit_reversal(n)]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("order", ["natural", "bit_reversed"])
 @pytest.mark.parametrize(
     ("n", "q"), [(8, 17), (16, 257), (128, 257), (64, 65537), (256, 12289), (256, 2147473409)]
@@ -111,6 +112,7 @@ def test_splits_of_a_small_ring_give_the_same_bits():
         np.testing.assert_array_equal(pk.he.intt(expected, plan), x)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kind", ["normal", "offset", "large"])
 @pytest.mark.parametrize("n", [2**10, 2**13, pytest.param(2**16, marks=pytest.mark.slow)])
 def test_in_digits_is_in_float64(n, kind):
@@ -141,6 +143,7 @@ def test_kernels_at_a_size_of_ckks(inverse, implementation):
 LARGE = [(2**11, 3), (2**13, 3), (2**15, 3), (2**16, 3), (2**12, 48), (2**16, 1)]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("n", "limbs"),
     [(2**10, 3), (2**12, 1), (2**14, 3), *(pytest.param(*size, marks=pytest.mark.slow) for size in LARGE)],

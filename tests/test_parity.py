@@ -17,6 +17,7 @@ def implementations(case: Case) -> int:
     return 3 if min(split) >= 32 else 1
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("operator", "case"),
     [

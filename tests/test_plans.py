@@ -69,6 +69,7 @@ def assert_near(got: list[jax.Array], want: list[jax.Array]) -> None:
         assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("numbers", TPU_PLANS, ids=str)
 def test_tpu_plans(monkeypatch: pytest.MonkeyPatch, geometry: Any, numbers: Any) -> None:
@@ -100,6 +101,7 @@ def test_tpu_groups_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_near(results(tpu, axes, x, w, g), expected(x, w, g, *geometry[1:]))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kernel, stride", [((3, 3), 1), ((2, 3), 2)], ids=str)
 @pytest.mark.parametrize(
     "places, fold, channels, block",
@@ -127,6 +129,7 @@ def test_tpu_steps(
     assert_near(results(tpu, axes, x, w, g), expected(x, w, g, kernel, stride))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("padding", [(1, 1), (4, 0)], ids=str)
 @pytest.mark.parametrize(
     "places, block, lanes, dtype",
@@ -166,6 +169,7 @@ def test_tpu_kernel_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_near(results(tpu, axes, x, w, g), expected(x, w, g, *GEOMETRIES[0][1:]))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("images, channels, strip", [(1, 8, 99), (1, 32, 2), (2, 16, 3)])
 def test_gpu_plans(
@@ -181,6 +185,7 @@ def test_gpu_plans(
     assert_near(results(gpu, axes, x, w, g), expected(x, w, g, *geometry[1:]))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("width, kernel", [(31, (2, 3)), (11, (1, 25))], ids=str)
 def test_gpu_loops_over_tiles(
@@ -194,6 +199,7 @@ def test_gpu_loops_over_tiles(
     assert_near(results(gpu, axes, x, w, g), expected(x, w, g, kernel, stride))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("padding", [0, 2, 5])
 @pytest.mark.parametrize("together, kernel", [(2, 3), (3, 3), (4, 5)])
 def test_gpu_rows_computed_together(

@@ -66,6 +66,7 @@ def accumulating_in_the_dtype(x: jax.Array, w: jax.Array) -> jax.Array:
     return y
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("trial", testing.TRIALS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(("size", "kernel"), [(1, 1), (9, 7), (5, 13)])
@@ -104,12 +105,14 @@ WRONG: dict[str, Callable[[jax.Array, jax.Array], Any]] = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_fails(name: str) -> None:
     with pytest.raises(AssertionError, match="result: "):
         testing.assert_parity(WRONG[name], reference, testing.inputs_for(case()))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kernel", [13, 31])
 def test_accumulating_in_bfloat16_fails(kernel: int) -> None:
     arguments = testing.inputs_for(case(kernel, kernel, jnp.bfloat16, images=1))
@@ -132,6 +135,7 @@ WRONG_GRADIENTS: dict[str, Callable[[jax.Array, jax.Array], Any]] = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", WRONG_GRADIENTS)
 def test_wrong_gradients_fail(name: str) -> None:
     with pytest.raises(AssertionError, match=f"^gradient of {name}"):

@@ -229,6 +229,7 @@ def test_strips_find_the_outputs_of_each_kernel_column(axis):
         assert sorted(inside) == triples(axis)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("gather", GATHERS[:24])
 def test_strips_cut_pixels_and_fill_with_zeros(gather):
     for size in block_sizes(gather)[:3]:
