@@ -50,6 +50,7 @@ SCALED = Operator(
 def only_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operators, "operators", lambda: {"scaled": SCALED})
     monkeypatch.setattr(bench, "BUDGET", 0.01)
+    monkeypatch.setattr(bench, "RESTLESS", 0.0)
 
 
 def test_what_is_wrong_is_not_timed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -126,6 +127,28 @@ def test_times_are_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
         assert abs(bench._timer(contestant, what)() - 0.25) < 1e-9
     # In each pass one to warm up, one to see how many fill 4 ms, and those.
     assert abs(clock[0] - 2 * 0.006) < 1e-9
+
+
+def test_threads_of_others_go_to_sleep_before_a_call_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short call is made meanwhile, untimed, so that its own don't; a long one isn't."""
+    clock, slept = [0.0], []
+
+    def call() -> float:
+        clock[0] += 0.006
+        return 6.0
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        clock[0] += seconds
+
+    monkeypatch.setattr(bench, "RESTLESS", 0.02)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(bench.time, "sleep", sleep)
+    bench._settle(call, [])
+    bench._settle(call, [6.0])
+    assert not slept and abs(clock[0] - 2 * 4 * 0.006) < 1e-9
+    bench._settle(call, [30.0])
+    assert slept == [0.02] and abs(clock[0] - (2 * 4 * 0.006 + 0.02)) < 1e-9
 
 
 @pytest.mark.slow

@@ -358,6 +358,14 @@ def test_xla_partitions_without_gathering(mesh, split, k, random):
     assert_close(both(x, w)[0], reference(*arrays))
 
 
+def test_a_cpu_sums_over_images_outside_of_the_nest():
+    """Inside, LLVM would not vectorise it: 7x7 images with 7x7 kernels would take three times as long."""
+    x, w = jax.ShapeDtypeStruct((4, 7, 7, 16), jnp.float32), jax.ShapeDtypeStruct((7, 7, 16), jnp.float32)
+    of_w = jax.jit(lambda x, w, g: jax.vjp(lambda w: pk.depthwise_conv(x, w), w)[1](g))
+    program = of_w.lower(x, w, x).compile().as_text()
+    assert " dot(" in program and " reduce(" not in program
+
+
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("k", [3, 13])
 def test_explicit_axes_are_left_to_xla_or_refused(devices, k, random):
