@@ -23,6 +23,7 @@ from pallas_kernels.tpu.tiles import (
     factor_spec,
     loadable,
     matrix_width,
+    rank_first,
     token_tiles,
     vmem_budget,
     vmem_limit,
@@ -36,6 +37,8 @@ MOST_RANKS = 2048
 PIECES = 4
 # Bytes of factors from which on it pays that the first program doesn't wait for all of them: its code is there twice.
 STREAMED = 4 << 20
+# With how few tokens XLA's own products take no longer than to turn such a factor, and the kernel then.
+FEW_TOKENS = 512
 TOO_LARGE = f"{GRAIN} ranks of all blocks don't fit in VMEM"
 
 
@@ -241,6 +244,14 @@ def fits(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradien
     return _plan(n, blocks, itemsize, factor_itemsize, gradient=gradient) is not None
 
 
+def slower(n: int, blocks: Blocks, factor_itemsize: int) -> str | None:
+    """Why XLA is faster: the kernel takes ranks before features, whichever fills fewer tiles."""
+    turned = not (rank_first(blocks.rank, blocks.p) and rank_first(blocks.rank, blocks.q))
+    if turned and n <= FEW_TOKENS and _factor_bytes(blocks, factor_itemsize) >= STREAMED:
+        return f"it would wait until a factor is turned, which for at most {FEW_TOKENS} tokens takes too long"
+    return None
+
+
 def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradient: bool) -> Plan | None:
     """Ranks enough for a matrix unit, then as many tokens, then as many ranks, as fit."""
     b1, b2, p, q, r = blocks
@@ -290,8 +301,11 @@ def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradie
 
 def _streams(plan: Plan, blocks: Blocks, factor_itemsize: int) -> bool:
     """Whether the factors are all read once, by a program that others follow, and long enough to compute meanwhile."""
-    factors = blocks.rank * (blocks.b1 * blocks.p + blocks.b2 * blocks.q) * factor_itemsize
-    return plan.parts == 1 and plan.tiles > cores() and factors >= STREAMED
+    return plan.parts == 1 and plan.tiles > cores() and _factor_bytes(blocks, factor_itemsize) >= STREAMED
+
+
+def _factor_bytes(blocks: Blocks, factor_itemsize: int) -> int:
+    return blocks.rank * (blocks.b1 * blocks.p + blocks.b2 * blocks.q) * factor_itemsize
 
 
 def _planned(

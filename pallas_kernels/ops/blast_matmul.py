@@ -128,7 +128,11 @@ def _run(kind: str, choice: dispatch.Choice, *arrays: jax.Array) -> Any:
         run = functools.partial(getattr(accelerator, kind), blocks=blocks)
         return launcher(choice, x, why_not, why_slower, run)
 
-    forms = [*_XLA[kind], on(tpu, None), on(gpu, gpu.slower(len(x), blocks))]
+    forms = [
+        *_XLA[kind],
+        on(tpu, tpu.slower(len(x), blocks, v.dtype.itemsize)),
+        on(gpu, gpu.slower(len(x), blocks)),
+    ]
     if kind == "gradients":
         dtypes = [gradient_dtype(f) for f in (v, s, u)]
         forms = [rounding(form, dtypes) for form in forms]
