@@ -24,6 +24,7 @@ from pallas_kernels.tpu.tiles import (
     loadable,
     matrix_width,
     rank_first,
+    target,
     token_tiles,
     vmem_budget,
     vmem_limit,
@@ -37,8 +38,9 @@ MOST_RANKS = 2048
 PIECES = 4
 # Bytes of factors from which on it pays that the first program doesn't wait for all of them: its code is there twice.
 STREAMED = 4 << 20
-# With how few tokens XLA's own products take no longer than to turn such a factor, and the kernel then.
-FEW_TOKENS = 512
+# With how few tokens XLA's own products take no longer than to turn a factor, and the kernel then; and on which TPUs. On
+# v4 they take longer.
+FEW_TOKENS, FEW_TOKENS_ON = 512, ("v5e", "v6e")
 TOO_LARGE = f"{GRAIN} ranks of all blocks don't fit in VMEM"
 
 
@@ -247,7 +249,8 @@ def fits(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradien
 def slower(n: int, blocks: Blocks, factor_itemsize: int) -> str | None:
     """Why XLA is faster: the kernel takes ranks before features, whichever fills fewer tiles."""
     turned = not (rank_first(blocks.rank, blocks.p) and rank_first(blocks.rank, blocks.q))
-    if turned and n <= FEW_TOKENS and _factor_bytes(blocks, factor_itemsize) >= STREAMED:
+    few = n <= FEW_TOKENS and target().name in FEW_TOKENS_ON
+    if few and turned and _factor_bytes(blocks, factor_itemsize) >= STREAMED:
         return f"it would wait until a factor is turned, which for at most {FEW_TOKENS} tokens takes too long"
     return None
 
