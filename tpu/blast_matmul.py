@@ -38,8 +38,8 @@ MOST_RANKS = 2048
 PIECES = 4
 # Bytes of factors from which on it pays that the first program doesn't wait for all of them: its code is there twice.
 STREAMED = 4 << 20
-# With how few tokens XLA's own products take no longer than to turn a factor, and the kernel then; and on which TPUs. On
-# v4 they take longer.
+# With how few tokens, and on which TPUs, XLA's own products take no longer than to turn a factor, and the kernel then.
+# On v4 they take longer.
 FEW_TOKENS, FEW_TOKENS_ON = 512, ("v5e", "v6e")
 TOO_LARGE = f"{GRAIN} ranks of all blocks don't fit in VMEM"
 
