@@ -389,39 +389,26 @@ def test_a_tpu_takes_the_kernel_however_little_there_is_to_do(name, tokens, rand
 
 
 @pytest.mark.parametrize(
-    ("layer", "target", "taken"),
+    ("name", "layer", "target", "taken"),
     [
-        ("7B gate N1024", "v5e", True),
-        ("7B gate N1024", "v6e", False),  # VMEM holds too few tokens
-        ("1B up N197", "v5e", False),  # the factors arrive too late
-        ("1B up N197", "v6e", False),
-        ("1B up N384", "v5e", True),
-        ("1B up N1 ", "v5e", True),
-        ("1B qo N197", "v5e", True),
+        ("low_rank_matmul", "7B gate N1024", "v5e", True),
+        ("low_rank_matmul", "7B gate N1024", "v6e", False),  # VMEM holds too few tokens
+        ("low_rank_matmul", "1B up N197", "v5e", False),  # the factors arrive too late
+        ("low_rank_matmul", "1B up N197", "v6e", False),
+        ("low_rank_matmul", "1B up N384", "v5e", True),
+        ("low_rank_matmul", "1B up N1 ", "v5e", True),
+        ("low_rank_matmul", "1B qo N197", "v5e", True),
+        ("blast_matmul", "7B gate N384", "v5e", False),  # XLA lays 1488 ranks along the lanes, and would turn them
+        ("blast_matmul", "7B down N197", "v6e", False),
+        ("blast_matmul", "7B gate N384", "v4", True),
+        ("blast_matmul", "7B gate N1024", "v5e", True),
+        ("blast_matmul", "7B qkvo N197", "v5e", True),
     ],
 )
-def test_low_rank_that_a_kernel_is_slower_at_is_left_to_xla(layer, target, taken):
-    case = next(c for c in OPERATORS["low_rank_matmul"].compile_cases(True) if layer in c.name)
+def test_what_a_kernel_is_slower_at_is_left_to_xla(name, layer, target, taken):
+    case = next(c for c in OPERATORS[name].compile_cases(True) if layer in c.name)
     with described(aot.TARGETS[target]):
-        program = jax.jit(function("low_rank_matmul")).trace(*case.arguments).jaxpr.jaxpr
-        assert bool(list(pallas_calls(program, aot.TARGETS[target]))) == taken
-
-
-@pytest.mark.parametrize(
-    ("layer", "target", "taken"),
-    [
-        ("7B gate N384", "v5e", False),
-        ("7B gate N384", "v4", True),
-        ("7B down N197", "v6e", False),
-        ("7B gate N1024", "v5e", True),
-        ("7B qkvo N197", "v5e", True),
-    ],
-)
-def test_blast_for_which_xla_would_turn_a_factor_is_left_to_it(layer, target, taken):
-    """XLA lays 1488 ranks of 688 features along the lanes: to turn that takes longer than few tokens do."""
-    case = next(c for c in OPERATORS["blast_matmul"].compile_cases(True) if layer in c.name)
-    with described(aot.TARGETS[target]):
-        program = jax.jit(function("blast_matmul")).trace(*case.arguments).jaxpr.jaxpr
+        program = jax.jit(function(name)).trace(*case.arguments).jaxpr.jaxpr
         assert bool(list(pallas_calls(program, aot.TARGETS[target]))) == taken
 
 

@@ -247,7 +247,7 @@ def fits(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradien
 
 
 def slower(n: int, blocks: Blocks, factor_itemsize: int) -> str | None:
-    """Why XLA is faster: the kernel takes ranks before features, whichever fills fewer tiles."""
+    """Why XLA is faster: the kernel takes ranks before features, even where the other order fills fewer tiles."""
     turned = not (rank_first(blocks.rank, blocks.p) and rank_first(blocks.rank, blocks.q))
     few = n <= FEW_TOKENS and target().name in FEW_TOKENS_ON
     if few and turned and _factor_bytes(blocks, factor_itemsize) >= STREAMED:
