@@ -398,7 +398,12 @@ def test_a_tpu_takes_the_kernel_however_little_there_is_to_do(name, tokens, rand
         ("low_rank_matmul", "1B up N384", "v5e", True),
         ("low_rank_matmul", "1B up N1 ", "v5e", True),
         ("low_rank_matmul", "1B qo N197", "v5e", True),
-        ("blast_matmul", "7B gate N384", "v5e", False),  # XLA lays 1488 ranks along the lanes, and would turn them
+        (
+            "blast_matmul",
+            "7B gate N384",
+            "v5e",
+            False,
+        ),  # XLA lays 1488 ranks along the lanes, and would turn them
         ("blast_matmul", "7B down N197", "v6e", False),
         ("blast_matmul", "7B gate N384", "v4", True),
         ("blast_matmul", "7B gate N1024", "v5e", True),
