@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from pallas_kernels.ops import blast_matmul, low_rank_matmul, monarch_matmul
 from pallas_kernels.ops._block_low_rank import LAYERS
 from pallas_kernels.tpu import blast_matmul as tpu_blast
 from pallas_kernels.tpu import monarch_matmul as tpu_monarch
+from pallas_kernels.tpu.streams import growing
 
 NAMES = ("blast_matmul", "low_rank_matmul", "monarch_matmul")
 OPERATORS = {name: operators()[name] for name in NAMES}
@@ -191,6 +193,35 @@ def test_plans_of_monarch_on_a_tpu(plan, monkeypatch, random):
         assert_close(got, backward(g)[1:])
 
 
+@pytest.mark.sweep
+def test_monarch_copies_blocks_in_pieces(monkeypatch, random):
+    """More pieces than VMEM holds at once, of one block and of more; a batch comes as blocks."""
+    blocks = Blocks(4, 5, 6, 5, 4)
+    shapes = (19, 24), (4, 20, 6), (5, 16, 5)
+
+    def plan(*_, streamed, **__):
+        return (
+            tpu_monarch.Plan(19, 1, 2, 2, 5, streamed=True) if streamed else tpu_monarch.Plan(16, 2, 2, 5, 5)
+        )
+
+    monkeypatch.setattr(tpu_monarch, "_plan", plan)
+    run = functools.partial(tpu_monarch.multiply, blocks=blocks, interpret=True)
+    reference = OPERATORS["monarch_matmul"].reference
+    x, a, b = arrays(random, shapes)
+    assert_close(run(x, a, b), reference(x, a, b))
+    batch = arrays(random, [(2, *shape) for shape in shapes])
+    assert_close(jax.vmap(run)(*batch), jax.vmap(reference)(*batch))
+    scale = arrays(random, [(5, 4, 4)])[0]
+    assert_close(run(x, a, b, scale.reshape(5, 16)), reference(x, a, b, scale))
+
+
+@pytest.mark.parametrize(("blocks", "most"), [(1, 1), (2, 1), (7, 3), (16, 5), (16, 16)])
+def test_pieces_grow_to_all_blocks(blocks, most):
+    sizes = growing(blocks, most)
+    assert sum(sizes) == blocks and sizes[0] == 1 and max(sizes) <= most and sizes == sorted(sizes)
+    assert all(after <= 2 * before for before, after in itertools.pairwise(sizes))
+
+
 # Structure
 
 
@@ -343,13 +374,18 @@ def test_shard_map_over_tokens(name, random):
         ("blast_matmul", 40, None),
         ("blast_matmul", 48, tpu_blast.Plan(8, 6, 16, 1)),
         ("monarch_matmul", 40, None),
+        ("monarch_matmul", 24, tpu_monarch.Plan(24, 1, 1, 1, 3, streamed=True)),
     ],
 )
 def test_programs_of_a_grid_do_not_race(name, tokens, plan, monkeypatch, random):
-    """Nor the copies of BLAST's factors with its products."""
-    if plan:
+    """Nor what they copy themselves with their products."""
+    if isinstance(plan, tpu_blast.Plan):
         monkeypatch.setattr(tpu_blast, "STREAMED", 0)
         monkeypatch.setattr(tpu_blast, "_plan", lambda *_, **__: plan)
+    elif plan:
+        checked = tpu_monarch._checked_plan
+        streams = lambda *sizes, streamed=False, **kind: plan if streamed else checked(*sizes, **kind)  # noqa: E731
+        monkeypatch.setattr(tpu_monarch, "_checked_plan", streams)
     x, *factors = arrays(random, ((tokens, 18), *SHAPES[name][1:]))
     f, reference = function(name, implementation="pallas"), OPERATORS[name].reference
     with testing.interpret("tpu", detect_races=True):

@@ -6,7 +6,6 @@ of the other ranks add to what it left there.
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.blocks import Blocks, blast_work
 from pallas_kernels.kernels.blast_matmul import GROUP, expand, gradients_stacked, multiply_stacked
 from pallas_kernels.lowering import Work, launch
+from pallas_kernels.tpu.streams import batchable
 from pallas_kernels.tpu.tiles import (
     PARTS,
     cores,
@@ -63,19 +63,7 @@ def multiply(
     if not _streams(plan, blocks, v.dtype.itemsize):
         return run(x, v, s, u, streamed=False).astype(dtype)
 
-    stream = functools.partial(run, streamed=True)
-    if isinstance(
-        interpret, pltpu.InterpretParams
-    ):  # Its effects can't be lowered in a `custom_vmap` by JAX 0.7.2.
-        return stream(x, v, s, u).astype(dtype)
-
-    def in_blocks(_: int, batched: Sequence[bool], *arrays: jax.Array) -> tuple[jax.Array, bool]:
-        axes = [0 if some else None for some in batched]
-        return jax.vmap(functools.partial(run, streamed=False), axes)(*arrays), True
-
-    batchable = jax.custom_batching.custom_vmap(stream)
-    batchable.def_vmap(in_blocks)
-    return batchable(x, v, s, u).astype(dtype)
+    return batchable(run, x, v, s, u, interpret=interpret).astype(dtype)
 
 
 def _multiply(

@@ -2,6 +2,7 @@
 
 Programs for some input blocks each project a tile of tokens, programs for some output blocks each expand what those
 have left in VMEM, so that the factors arrive amid the products; where the factors are small, one program does it all.
+Where all tokens are one tile, the first and the last program take a single block, because nothing hides its transfer.
 Between the factors tokens lie along the lanes, so that ranks that are no multiple of 128 cost nothing, and the ranks
 of all blocks that an output block adds up are stacked into one product.
 """
@@ -16,8 +17,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks import Blocks, monarch_work
-from pallas_kernels.kernels.monarch_matmul import gradients_stacked, multiply_stacked
-from pallas_kernels.lowering import launch
+from pallas_kernels.kernels.monarch_matmul import (
+    expand_stacked,
+    gradients_stacked,
+    multiply_stacked,
+    project_stacked,
+)
+from pallas_kernels.lowering import Work, launch
+from pallas_kernels.tpu.streams import Stream, batchable, growing
 from pallas_kernels.tpu.tiles import (
     PARTS,
     factor_spec,
@@ -31,11 +38,15 @@ from pallas_kernels.tpu.tiles import (
     vmem_limit,
 )
 
-# What a program takes beside its products: one for all blocks, and one for some of them.
-WHOLE_CYCLES, PART_CYCLES = 480, 720
+# What a program takes beside its products: one for all blocks, one for some of them, and one that copies those itself.
+WHOLE_CYCLES, PART_CYCLES, STREAMING_CYCLES = 480, 720, 500
+# Tokens of a tile at most.
+TOKENS = 1024
 # By how much a plan with pieces of blocks for a single tile of tokens must be better to be taken: their copies are
 # strided, which the estimate leaves out.
 PIECES = 1.2
+# And one whose programs all have code of their own, for pieces of their own sizes.
+OWN_CODE = 1.03
 # Bytes of factors, of one block, that XLA's two products may read faster than a kernel.
 LARGE = 12 << 20
 TOO_LARGE = "the factors of one block of the output don't fit in VMEM"
@@ -45,6 +56,8 @@ class Plan(NamedTuple):
     """tokens: of a program, `tiles` times over. inputs, outputs: blocks of a program. part: output blocks in a row.
 
     Programs for the output blocks of a part share what others of that part have projected.
+
+    streamed: whether programs take one block, then more, up to those, and at the end fewer again, which they copy.
     """
 
     tokens: int
@@ -52,16 +65,40 @@ class Plan(NamedTuple):
     inputs: int
     outputs: int
     part: int
+    streamed: bool = False
 
 
 def multiply(
     x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array | None = None, *, blocks: Blocks, interpret: Any = False
 ) -> jax.Array:  # fmt: skip
     """x (n, b1 p), a (b1, b2 t, p), b (b2, b1 t, q), scale (b2, b1 t) or None -> (n, b2 q) in x's dtype."""
-    n, dtype = x.shape[0], x.dtype
-    b1, b2, p, q, t = blocks
+    dtype = x.dtype
     x, a, b = (loadable(v) for v in (x, a, b))
-    tokens, tiles, kb, jb, part = _checked_plan(n, blocks, x.dtype.itemsize, a.dtype.itemsize, gradient=False)
+    plan_for = functools.partial(
+        _checked_plan, len(x), blocks, x.dtype.itemsize, a.dtype.itemsize, gradient=False
+    )
+    plan = plan_for(streamed=scale is None)
+    if not plan.streamed:
+        return _multiply_in_blocks(x, a, b, scale, plan, blocks, interpret).astype(dtype)
+
+    def run(x: jax.Array, a: jax.Array, b: jax.Array, *, streamed: bool) -> jax.Array:
+        if streamed:
+            return _multiply_streamed(x, a, b, plan, blocks, interpret)
+        return _multiply_in_blocks(x, a, b, None, plan_for(streamed=False), blocks, interpret)
+
+    return batchable(run, x, a, b, interpret=interpret).astype(dtype)
+
+
+def _multiply_in_blocks(
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    scale: jax.Array | None,
+    plan: Plan,
+    blocks: Blocks,
+    interpret: Any,
+) -> jax.Array:
+    n, (b1, b2, p, q, t), (tokens, tiles, kb, jb, part, _) = len(x), blocks, plan
     (a, a_features), (b, b_features) = oriented(a), oriented(b)
 
     # The last program of a tile of tokens that projects is the first that expands.
@@ -90,22 +127,76 @@ def multiply(
         rows = scale.astype(jnp.float32).reshape(b2 // part, part, b1, t).swapaxes(1, 2)
         operands.append(rows.reshape(b2 // part, b1, part * t, 1))
         specs.append(pl.BlockSpec((None, kb, part * t, 1), lambda o, i, s: (o, projecting(s), 0, 0)))
-    out = launch(
+    return launch(
         launched, *operands,
         platform="tpu", interpret=interpret, name="monarch_matmul",
         grid=(b2 // part, tiles, last + steps),
         in_specs=specs,
         out_specs=pl.BlockSpec((tokens, jb * q), lambda o, i, s: (i, expanding(o, s))),
         out_shape=jax.ShapeDtypeStruct((n, b2 * q), x.dtype),
-        # Rows of 16-bit numbers are read in whole tiles.
-        scratch_shapes=[pltpu.VMEM((b1, part, t, tokens), jnp.float32 if t % 16 else x.dtype)],
+        scratch_shapes=[pltpu.VMEM((b1, part, t, tokens), _between_dtype(x, t))],
         sequential=True,
         vmem_limit_bytes=vmem_limit(),
-        work=monarch_work(
-            n, blocks, tokens * tiles, itemsize=x.dtype.itemsize, factor_itemsize=a.dtype.itemsize, products=1
-        ),
+        work=_work(x, a, blocks, tokens * tiles),
     )  # fmt: skip
-    return out.astype(dtype)
+
+
+def _multiply_streamed(
+    x: jax.Array, a: jax.Array, b: jax.Array, plan: Plan, blocks: Blocks, interpret: Any
+) -> jax.Array:
+    n, (b1, b2, p, q, t) = len(x), blocks
+    (a, a_features), (b, b_features) = oriented(a), oriented(b)
+    inputs, outputs = growing(b1, plan.inputs), growing(b2, plan.outputs)[::-1]
+    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+
+    return launch(
+        functools.partial(_in_pieces, inputs, outputs, (p, q), (a_features, b_features)), x, a, b,
+        platform="tpu", interpret=interpret, name="monarch_matmul",
+        grid=(len(inputs) + len(outputs) - 1,),
+        in_specs=[in_hbm] * 3,
+        out_specs=in_hbm,
+        out_shape=jax.ShapeDtypeStruct((n, b2 * q), x.dtype),
+        scratch_shapes=[
+            pltpu.VMEM((2, n, max(inputs) * p), x.dtype),
+            pltpu.VMEM((2, max(inputs), *a.shape[1:]), a.dtype),
+            pltpu.VMEM((2, max(outputs), *b.shape[1:]), b.dtype),
+            pltpu.VMEM((2, n, max(outputs) * q), x.dtype),
+            pltpu.VMEM((b1, b2, t, n), _between_dtype(x, t)),
+            pltpu.SemaphoreType.DMA((4, 2)),
+        ],
+        sequential=True,
+        vmem_limit_bytes=vmem_limit(),
+        work=_work(x, a, blocks, n),
+    )  # fmt: skip
+
+
+def _in_pieces(
+    inputs: list[int], outputs: list[int], widths: tuple[int, int], features: tuple[int, int], x_ref: Any, a_ref: Any,
+    b_ref: Any, o_ref: Any, x_here: Any, a_here: Any, b_here: Any, o_here: Any, y_ref: Any, copied: Any,
+) -> None:  # fmt: skip
+    """A program takes a piece of the input blocks or of the output blocks, and the one amid them one of each."""
+    step, last = pl.program_id(0), len(inputs) - 1
+    x = Stream(x_ref, x_here, copied.at[0], inputs, axis=1, width=widths[0])
+    a = Stream(a_ref, a_here, copied.at[1], inputs, axis=0, width=1)
+    b = Stream(b_ref, b_here, copied.at[2], outputs, axis=0, width=1)
+    o = Stream(o_ref, o_here, copied.at[3], outputs, axis=1, width=widths[1])
+
+    def start() -> None:
+        for stream in (x, a, b):
+            stream.start(0)
+
+    def project(i: int) -> None:
+        project_stacked(x.take(i), a.take(i), None, y_ref, sum(inputs[:i]), inputs[i], axis=features[0])
+
+    def expand(i: int) -> None:
+        expand_stacked(y_ref, b.take(i), o.room(i), sum(outputs[:i]), outputs[i], axis=features[1])
+        o.leave(i)
+
+    pl.when(step == 0)(start)
+    for i in range(len(inputs)):
+        pl.when(step == i)(functools.partial(project, i))
+    for i in range(len(outputs)):
+        pl.when(step == last + i)(functools.partial(expand, i))
 
 
 def gradients(
@@ -122,7 +213,7 @@ def gradients(
     n = x.shape[0]
     b1, b2, p, q, _ = blocks
     x, g, a, b = (loadable(v) for v in (x, g, a, b))
-    tokens, tiles, _, jb, _ = _checked_plan(n, blocks, x.dtype.itemsize, a.dtype.itemsize, gradient=True)
+    tokens, tiles, _, jb, *_ = _checked_plan(n, blocks, x.dtype.itemsize, a.dtype.itemsize, gradient=True)
     (a, a_features), (b, b_features) = oriented(a), oriented(b)
     dtype = jnp.dtype(jnp.float32 if dtype == jnp.float16 else dtype)
     (a_shape, a_index), (b_shape, b_index) = _specs(blocks, b1, jb, jb, a_features, b_features)
@@ -172,13 +263,27 @@ def _specs(
     ]
 
 
-def _checked_plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradient: bool) -> Plan:
-    plan = _plan(n, blocks, itemsize, factor_itemsize, gradient=gradient)
+def _work(x: jax.Array, a: jax.Array, blocks: Blocks, tokens: int) -> Work:
+    itemsizes = {"itemsize": x.dtype.itemsize, "factor_itemsize": a.dtype.itemsize}
+    return monarch_work(len(x), blocks, tokens, **itemsizes, products=1)
+
+
+def _between_dtype(x: jax.Array, t: int) -> Any:
+    """Of what lies between the factors: rows of 16-bit numbers are read in whole tiles."""
+    return jnp.float32 if t % 16 else x.dtype
+
+
+def _checked_plan(
+    n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradient: bool, streamed: bool = False
+) -> Plan:
+    plan = _plan(n, blocks, itemsize, factor_itemsize, gradient=gradient, streamed=streamed)
     assert plan is not None, "the operator asks `fits` first"
     return plan
 
 
-def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradient: bool) -> Plan | None:
+def _plan(
+    n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradient: bool, streamed: bool = False
+) -> Plan | None:
     """The fewest cycles that fit; for gradients as many output blocks a program as a matrix unit needs, then tokens.
 
     Blocks are whole tiles of registers, unless all of a kind.
@@ -193,7 +298,7 @@ def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradie
     if gradient:
         plans = [Plan(*tiles, b1, part, part) for tiles in token_tiles(n) for part in parts]
     else:
-        large = [(min(size, n), -(-n // size)) for size in (1024, 512) if n > size // 2]
+        large = [(min(size, n), -(-n // size)) for size in (TOKENS, TOKENS // 2) if n > size // 2]
         tilings = [*large, *token_tiles(n)]
         plans = [
             Plan(*tiles, kb, jb, part)
@@ -201,9 +306,12 @@ def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradie
             for jb in divisors(b2, q)
             if part % jb == 0
         ]
+        if streamed and n <= TOKENS and p % 128 == q % 128 == 0:
+            pieces = itertools.product(range(1, b1), range(1, b2))
+            plans += [Plan(n, 1, kb, jb, b2, streamed=True) for kb, jb in pieces]
 
     def fit(plan: Plan) -> bool:
-        tokens, _, kb, jb, part = plan
+        tokens, _, kb, jb, part, _ = plan
         lanes = -(-tokens // 128) * 128
         buffers = 2 * itemsize * tokens * (kb * p + jb * q) + 8 * tokens * q
         if gradient:
@@ -216,13 +324,15 @@ def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradie
         # Results that start amid the lanes are shifted there.
         buffers += 8 * tokens * q * (q % 128 > 0)
         # The compiler takes some more to keep what registers can't.
-        return buffers + factors + (between + 8 * part * t * lanes) * 9 // 8 <= vmem_budget()
+        between += 0 if plan.streamed else 8 * part * t * lanes
+        return buffers + factors + between * 9 // 8 <= vmem_budget()
 
     def quality(plan: Plan) -> Any:
         if not gradient:
             # Parts are pieces of every block of a factor: they serve to read it once for many tiles of tokens.
             in_pieces = plan.part < b2 and plan.tiles == 1
-            return -_cycles(plan, n, blocks, itemsize, factor_itemsize) * (PIECES if in_pieces else 1)
+            doubt = PIECES if in_pieces else OWN_CODE if plan.streamed else 1
+            return -_cycles(plan, n, blocks, itemsize, factor_itemsize) * doubt
         # Fewer ranks than a matrix unit has rows leave most of it idle, fewer tokens only some.
         full = min(plan.part * t, 256, b2 * t), plan.tokens
         return (*full, -max(PARTS, b2 // plan.part), -plan.part) if plan.tiles == 1 else (*full, plan.part)
@@ -232,9 +342,11 @@ def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradie
 
 def _cycles(plan: Plan, n: int, blocks: Blocks, itemsize: int, factor_itemsize: int) -> float:
     """About what the plan takes: products after the first blocks have come and before the last has gone, or HBM."""
-    tokens, tiles, kb, jb, part = plan
+    if plan.streamed:
+        return _streamed_cycles(plan, blocks, itemsize, factor_itemsize)
+    tokens, tiles, kb, jb, part, _ = plan
     b1, b2, p, q, t = blocks
-    tpu, width = target(), matrix_width()
+    tpu = target()
     parts, programs = b2 // part, b1 // kb + part // jb - 1
     x, a, b = itemsize * n * b1 * p, *(factor_itemsize * b1 * b2 * t * features for features in (p, q))
     ends = itemsize * tokens * (kb * p + jb * q) + a * kb // b1 // parts + b * jb // b2
@@ -246,10 +358,35 @@ def _cycles(plan: Plan, n: int, blocks: Blocks, itemsize: int, factor_itemsize: 
         + itemsize * n * b2 * q
     )
     rounds = -(-tiles * parts // tpu.cores)
-    lanes, inputs, ranks, outputs = (-(-size // width) * width for size in (tokens, p, b1 * t, q))
-    products = rounds * lanes * part * (b1 * t * inputs + ranks * outputs) / tpu.matrix_macs
+    products = rounds * sum(_product_cycles(tokens, blocks._replace(b2=part)))
     busy = max(products + ends / tpu.hbm_bytes_per_cycle, moved / tpu.cores / tpu.hbm_bytes_per_cycle)
     return busy + rounds * (WHOLE_CYCLES if parts == programs == 1 else programs * PART_CYCLES)
+
+
+def _streamed_cycles(plan: Plan, blocks: Blocks, itemsize: int, factor_itemsize: int) -> float:
+    """While a piece is multiplied, the next one comes, and the one before goes."""
+    n, (b1, b2, p, q, t) = plan.tokens, blocks
+    inputs, outputs = growing(b1, plan.inputs), growing(b2, plan.outputs)[::-1]
+    projecting, expanding = _product_cycles(n, blocks)
+    works = [k * projecting / b1 for k in inputs] + [j * expanding / b2 for j in outputs]
+    comes = [k * p * (itemsize * n + factor_itemsize * b2 * t) for k in inputs]
+    comes += [j * q * factor_itemsize * b1 * t for j in outputs]
+    goes = [0] * len(inputs) + [j * q * itemsize * n for j in outputs]
+    rate = target().hbm_bytes_per_cycle
+    amid = (
+        max(work + STREAMING_CYCLES, (come + go) / rate)
+        for work, come, go in zip(works, [*comes[1:], 0], [0, *goes[:-1]], strict=True)
+    )
+    return comes[0] / rate + sum(amid) + goes[-1] / rate
+
+
+def _product_cycles(tokens: int, blocks: Blocks) -> tuple[float, float]:
+    """Of the products with all blocks of the first factor, and of the second."""
+    b1, b2, p, q, t = blocks
+    width = matrix_width()
+    lanes, inputs, ranks, outputs = (-(-size // width) * width for size in (tokens, p, b1 * t, q))
+    cycles = lanes * b2 / target().matrix_macs
+    return cycles * b1 * t * inputs, cycles * ranks * outputs
 
 
 def slower(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int) -> str | None:

@@ -42,30 +42,44 @@ def multiply_stacked(
 
     features: the axis of p in the blocks of a, and of q in those of b, which may be transposed.
     """
-    b1, b2, p, q, t = blocks
-    dtype, inputs, outputs = x_ref.dtype, len(a_ref), len(b_ref)
-    step, last = pl.program_id(2), b1 // inputs - 1
+    inputs, outputs = len(a_ref), len(b_ref)
+    step, last = pl.program_id(2), blocks.b1 // inputs - 1
 
     def project() -> None:
-        for k in range(inputs):
-            y = dot(a_ref[k].astype(dtype), x_ref[:, k * p : (k + 1) * p], features[0], 1)
-            if scale_ref is not None:
-                y = y * scale_ref[k]
-            for j in range(b2):
-                y_ref[step * inputs + k, j] = y[j * t : (j + 1) * t].astype(y_ref.dtype)
+        project_stacked(x_ref, a_ref, scale_ref, y_ref, step * inputs, inputs, axis=features[0])
 
     def expand() -> None:
-        for j in range(outputs):
-            y = jnp.concatenate([y_ref[k, (step - last) * outputs + j] for k in range(b1)], 0)
-            out = dot(y.astype(dtype), b_ref[j].astype(dtype), 0, 1 - features[1])
-            o_ref[:, j * q : (j + 1) * q] = out.astype(o_ref.dtype)
+        expand_stacked(y_ref, b_ref, o_ref, (step - last) * outputs, outputs, axis=features[1])
 
-    if inputs == b1 and outputs == b2:
+    if inputs == blocks.b1 and outputs == blocks.b2:
         project()
         expand()
     else:
         pl.when(step <= last)(project)
         pl.when(step >= last)(expand)
+
+
+def project_stacked(
+    x_ref: Any, a_ref: Any, scale_ref: Any, y_ref: Any, first: Any, count: int, *, axis: int
+) -> None:
+    """Leave the ranks of `count` input blocks, which x_ref and a_ref start with, in y_ref from `first` on."""
+    _, b2, t, _ = y_ref.shape
+    p, dtype = a_ref.shape[1 + axis], x_ref.dtype
+    for k in range(count):
+        y = dot(a_ref[k].astype(dtype), x_ref[:, k * p : (k + 1) * p], axis, 1)
+        if scale_ref is not None:
+            y = y * scale_ref[k]
+        for j in range(b2):
+            y_ref[first + k, j] = y[j * t : (j + 1) * t].astype(y_ref.dtype)
+
+
+def expand_stacked(y_ref: Any, b_ref: Any, o_ref: Any, first: Any, count: int, *, axis: int) -> None:
+    """Write `count` output blocks, made of the ranks in y_ref from `first` on, from the start of o_ref on."""
+    q, dtype = b_ref.shape[1 + axis], o_ref.dtype
+    for j in range(count):
+        y = jnp.concatenate([y_ref[k, first + j] for k in range(len(y_ref))], 0)
+        out = dot(y.astype(dtype), b_ref[j].astype(dtype), 0, 1 - axis)
+        o_ref[:, j * q : (j + 1) * q] = out.astype(dtype)
 
 
 def gradients_stacked(
