@@ -40,6 +40,8 @@ from pallas_kernels.tpu.tiles import (
 
 # What a program takes beside its products: one for all blocks, one for some of them, and one that copies those itself.
 WHOLE_CYCLES, PART_CYCLES, STREAMING_CYCLES = 480, 720, 500
+# What a copy takes beside its bytes.
+COPY_CYCLES = 250
 # Tokens of a tile at most.
 TOKENS = 1024
 # By how much a plan with pieces of blocks for a single tile of tokens must be better to be taken: their copies are
@@ -374,7 +376,7 @@ def _streamed_cycles(plan: Plan, blocks: Blocks, itemsize: int, factor_itemsize:
     goes = [0] * len(inputs) + [j * q * itemsize * n for j in outputs]
     rate = target().hbm_bytes_per_cycle
     amid = (
-        max(work + STREAMING_CYCLES, (come + go) / rate)
+        max(work + STREAMING_CYCLES, COPY_CYCLES + (come + go) / rate)
         for work, come, go in zip(works, [*comes[1:], 0], [0, *goes[:-1]], strict=True)
     )
     return comes[0] / rate + sum(amid) + goes[-1] / rate
