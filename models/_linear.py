@@ -12,19 +12,19 @@ Linear = Callable[..., Any]
 METHODS = ("monarch", "blast", "low_rank")
 
 
-def layers(kernel_init: Any, rank: int, *, monarch: int, blast: int) -> dict[str, Linear]:
+def layers(std: float, rank: int, *, monarch: int, blast: int) -> dict[str, Linear]:
     """What makes a linear layer, by name.
 
     Args:
-      kernel_init: of a dense layer.
+      std: the standard deviation that the entries of each matrix have at first.
       rank: parameters of a compressed layer by its inputs + outputs.
       monarch, blast: blocks along each side.
     """
     return {
-        "dense": functools.partial(nnx.Linear, kernel_init=kernel_init),
-        "monarch": functools.partial(MonarchLinear, rank=rank // monarch, blocks=monarch),
-        "blast": functools.partial(BlastLinear, rank=rank, blocks=blast),
-        "low_rank": functools.partial(LowRankLinear, rank=rank),
+        "dense": functools.partial(nnx.Linear, kernel_init=nnx.initializers.normal(std)),
+        "monarch": functools.partial(MonarchLinear, rank=rank // monarch, blocks=monarch, kernel_std=std),
+        "blast": functools.partial(BlastLinear, rank=rank, blocks=blast, kernel_std=std),
+        "low_rank": functools.partial(LowRankLinear, rank=rank, kernel_std=std),
     }
 
 

@@ -10,9 +10,10 @@ from flax import nnx
 
 from pallas_kernels.models._linear import choose, layers, named
 
-_INIT = nnx.initializers.normal(0.02)
+_STD = 0.02
+_INIT = nnx.initializers.normal(_STD)
 # Those of the published GPT-2 that is trained from scratch: arXiv:2512.20861, table 3.
-_LINEAR = layers(_INIT, 192, monarch=4, blast=6)
+_LINEAR = layers(_STD, 192, monarch=4, blast=6)
 
 
 class Cache(NamedTuple):
@@ -89,9 +90,10 @@ class GPT2(nnx.Module):
         self.h = nnx.data([_Block(features, heads, make, norm, dropout, options) for _ in range(depth)])
         for block in self.h:
             for layer in (block.attn.c_proj, block.mlp.c_proj):
-                # Every block adds twice to the sum; dense layers start so small that its variance stays.
-                if isinstance(layer, nnx.Linear):
-                    layer.kernel[...] = layer.kernel[...] / (2 * depth) ** 0.5
+                # Every block adds twice to the sum, and starts so small that its variance stays.
+                kernel = getattr(layer, getattr(layer, "FACTORS", ("kernel",))[-1], None)
+                if kernel is not None:
+                    kernel[...] = kernel[...] / (2 * depth) ** 0.5
         self.ln_f = norm()
 
     def __call__(self, tokens: jax.Array) -> jax.Array:

@@ -10,9 +10,10 @@ from flax import nnx
 
 from pallas_kernels.models._linear import choose, layers, named
 
-_INIT = nnx.initializers.truncated_normal(0.02)
+_STD = 0.02
+_INIT = nnx.initializers.normal(_STD)
 # Those of the published ViT-B/16 that is trained from scratch: arXiv:2512.20861, table 3.
-_LINEAR = layers(_INIT, 128, monarch=4, blast=3)
+_LINEAR = layers(_STD, 128, monarch=4, blast=3)
 
 
 class VisionTransformer(nnx.Module):

@@ -116,6 +116,15 @@ def definition(model, tokens):
     return np.stack(logits)
 
 
+@pytest.mark.parametrize("linear", ["dense", "monarch", "blast", "low_rank"])
+def test_matrices_of_every_kind_start_alike(linear):
+    model = GPT2(5, 4, depth=2, features=192, heads=2, linear=linear, rngs=nnx.Rngs(0))
+    for block in model.h:
+        for layer, std in ((block.attn.c_attn, 0.02), (block.mlp.c_fc, 0.02), (block.mlp.c_proj, 0.01)):
+            matrix = layer.kernel[...] if linear == "dense" else layer.to_dense()
+            assert math.isclose(float(jnp.std(matrix)), std, rel_tol=0.1)
+
+
 def test_logits_are_their_definition(model, tokens):
     expected = definition(model, tokens)
     assert np.std(expected) > 1

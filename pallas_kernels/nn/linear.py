@@ -26,6 +26,7 @@ class _FactoredLinear(nnx.Module):
         use_bias: bool = True,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
+        kernel_std: float | None = None,
         bias_init: nnx.Initializer = _ZEROS,
         implementation: str | None = None,
         rngs: nnx.Rngs,
@@ -40,6 +41,8 @@ class _FactoredLinear(nnx.Module):
             raise ValueError(f"got {rank=}, expected 1 to {full}, the rank of a full block")
         self.in_features, self.out_features, self.rank, self.blocks = in_features, out_features, rank, blocks
         for name, (shape, variance) in self._shapes(p, q, rank, blocks).items():
+            if kernel_std is not None and name == self.FACTORS[-1]:
+                variance *= kernel_std**2 * in_features
             draw = nnx.initializers.normal(variance**0.5)
             setattr(self, name, nnx.Param(draw(rngs.params(), shape, param_dtype)))
         bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None
@@ -65,7 +68,7 @@ class _FactoredLinear(nnx.Module):
         return blocks * min(p, q)
 
     def _shapes(self, p: int, q: int, rank: int, blocks: int) -> dict[str, Any]:
-        """Of each factor its shape, and the variance of its entries at first."""
+        """Of each factor its shape, and the variance of its entries with which x and y have the same."""
         raise NotImplementedError
 
     def _multiply(self, x: jax.Array, *factors: jax.Array) -> jax.Array:
@@ -89,6 +92,7 @@ class MonarchLinear(_FactoredLinear):
       use_bias: whether to add a bias.
       dtype: of the computation; None takes what the input and the factors promote to.
       param_dtype: of the parameters.
+      kernel_std: standard deviation of the matrix's entries at first; None: 1 / sqrt(in_features), as in `nnx.Linear`.
       bias_init: initializer.
       implementation: as in `pallas_kernels.monarch_matmul`.
       rngs: random streams.
@@ -136,7 +140,7 @@ class BlastLinear(_FactoredLinear):
       in_features, out_features: multiples of `blocks`.
       rank: that all blocks share.
       blocks: along each side.
-      use_bias, dtype, param_dtype, bias_init, implementation, rngs: as in `MonarchLinear`.
+      use_bias, dtype, param_dtype, kernel_std, bias_init, implementation, rngs: as in `MonarchLinear`.
 
     Returns (of a call): (..., out_features) for x of shape (..., in_features).
 
@@ -179,7 +183,7 @@ class LowRankLinear(_FactoredLinear):
     Args:
       in_features, out_features: of the layer.
       rank: of its matrix.
-      use_bias, dtype, param_dtype, bias_init, implementation, rngs: as in `MonarchLinear`.
+      use_bias, dtype, param_dtype, kernel_std, bias_init, implementation, rngs: as in `MonarchLinear`.
 
     Returns (of a call): (..., out_features) for x of shape (..., in_features).
 
