@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import pallas_kernels
+from pallas_kernels import aot, cli
+from pallas_kernels.aot._programs import lower
 from pallas_kernels.operators import operators
 
 ROOT = Path(pallas_kernels.__file__).parent
@@ -80,6 +82,22 @@ def test_every_full_case_compiles_for_every_target(path: str) -> None:
         for name in ("forward", "gradients")[: 2 if case.differentiable else 1]
     }
     assert calls == dict.fromkeys(COMPILED[path], every)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", ["blast_matmul", "low_rank_matmul", "monarch_matmul"])
+@pytest.mark.parametrize("tokens", ["N1 ", "N1024 "])
+def test_every_kernel_of_a_call_has_a_row(name: str, tokens: str) -> None:
+    found = defaultdict(set)
+    for row in rows("tpu/results/blr.csv"):
+        if row["target"] == "v5e" and BY not in row["call"]:
+            found[row["call"]].add(row["kernel"])
+    operator = operators()[name]
+    for case in (case for case in operator.compile_cases(True) if tokens in case.name):
+        for program, function, arguments in cli._passes(operator, case):
+            kernels = lower(function, arguments, aot.TPUS["v5e"], estimate=False)[1]
+            expected = {kernel.name for kernel in kernels} or {"-"}
+            assert found[f"{name} {case.name} {program}"] == expected
 
 
 @pytest.mark.parametrize(("target", "case"), LEAST_OF_NTT)
