@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import aot, lowering
 from pallas_kernels.aot import _crew, _worker
+from pallas_kernels.aot._programs import lower
 
 pytest.importorskip("libtpu")
 pytest.importorskip("triton")
@@ -154,6 +155,7 @@ def test_one_kernel_for_the_target(reports: dict[str, aot.Report], target: str) 
     assert kernel.code_bytes and kernel.memory_limit and kernel.error is None
     if target.startswith("sm_"):
         assert kernel.registers and kernel.registers <= 255 and kernel.spill_bytes == 0
+        assert kernel.bound_seconds == 2 * 4 * 256 * 128 / aot.GPUS[target].hbm_bytes_per_second
     elif target == "v4":
         assert kernel.cycles is None and kernel.bundles and "not estimated" in str(kernel.no_cycles)
     else:
@@ -191,6 +193,15 @@ def test_shares(reports: dict[str, aot.Report], job: str, macs_per_cycle: int) -
     assert kernel.bound_cycles == 512**3 / macs_per_cycle
     assert kernel.share == kernel.bound_cycles / kernel.cycles
     assert kernel.padded_share == pytest.approx(1.5 * kernel.share)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "peak"), [(jnp.float32, 66.9e12), (jnp.bfloat16, 989e12), (jnp.int8, 2 * 989e12)]
+)
+def test_gpus_multiply_matrices_of_few_bits_in_other_units(dtype: Any, peak: float) -> None:
+    fn = partial(matmul, platform="cuda", out=jnp.int32 if dtype == jnp.int8 else jnp.float32)
+    _, (kernel,) = lower(fn, square(64, dtype), aot.GPUS["sm_90"], estimate=False)
+    assert kernel.peak_flops == peak
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ class KernelReport:
     cycles: on a TPU, the compiler's estimate, as if each transfer had HBM to itself; None for the reason `no_cycles`.
       A few thousand are a call's first and last transfers.
     bundles: on a TPU where `cycles` is None, the instructions of the kernel's code, loops counted once.
-    bound_cycles, bound_seconds: on a TPU, the least that its arithmetic units and its HBM allow for `work`.
+    bound_cycles, bound_seconds: the least that arithmetic units and HBM allow for `work`; cycles of a TPU only.
     share: `bound_cycles` by the cycles estimated, or by those that HBM takes for all transfers if they are more.
     padded_share: the same for the operations issued, those on padding included.
     registers, spill_bytes: of a GPU thread; what doesn't fit in registers is spilled to its stack.
@@ -228,8 +228,11 @@ def _judge(kernel: Kernel, reply: Task, target: Target) -> KernelReport:
         found["error"] = (
             f"{kernel.name} needs {needed} bytes of shared memory, {target.name} has {kernel.memory_limit}"
         )
-    if isinstance(target, TPU) and kernel.work and kernel.peak_flops:
-        found |= _roofline(kernel.work, kernel.peak_flops, found.get("cycles"), target)
+    work, peak = kernel.work, kernel.peak_flops
+    if work and peak and isinstance(target, TPU):
+        found |= _roofline(work, peak, found.get("cycles"), target)
+    elif work and peak:
+        found["bound_seconds"] = max(work.flops / peak, work.bytes / target.hbm_bytes_per_second)
     return KernelReport(name=kernel.name, work=kernel.work, memory_limit=kernel.memory_limit, **found)
 
 

@@ -25,7 +25,7 @@ class Kernel(NamedTuple):
     """A Pallas kernel of a function, lowered.
 
     no_cycles: why there will be no estimate of its cycles.
-    peak_flops: operations per cycle of the TPU unit that it runs on.
+    peak_flops: operations of the unit that it runs on, per cycle of a TPU, per second of a GPU.
     task: what a child compiles; None if the program tells enough.
     """
 
@@ -111,7 +111,7 @@ def _lower_kernel(call: JaxprEqn, target: Target, estimate: bool) -> Kernel:
     name, work = body.debug_info.func_src_info.split(" at ")[0], work_of(call)
     if not isinstance(target, TPU):
         task = _triton_source(bare, operands, target)
-        return Kernel(name, work, target.shared_memory_bytes, None, None, task)
+        return Kernel(name, work, target.shared_memory_bytes, None, _peak_flops(body, target), task)
     task = _exported(bare, operands, target) if estimate else None
     no_cycles = _unprofilable(body, target) if estimate else "cycles not asked for"
     return Kernel(name, work, target.vmem_bytes, no_cycles, _peak_flops(body, target), task)
@@ -160,13 +160,18 @@ def work_of(call: JaxprEqn) -> Work | None:
     return Work(cost.flops, cost.bytes_accessed, padded, intermediate)
 
 
-def _peak_flops(body: Jaxpr, tpu: TPU) -> float:
-    """Operations per cycle of the unit that does the kernel's work: the matrix unit, if there is a dot."""
+def _peak_flops(body: Jaxpr, target: Target) -> float:
+    """Operations of the unit that does the kernel's work, per cycle of a TPU, per second of a GPU.
+
+    That is the matrix unit, if there is a dot; on a GPU not of float32, which is multiplied exactly.
+    """
     dots = [eqn for eqn in equations(body) if eqn.primitive.name == "dot_general"]
+    widest = max((v.aval.dtype.itemsize for eqn in dots for v in eqn.invars), default=4)
+    if isinstance(target, GPU):
+        return {1: 2 * target.matrix_flops, 2: target.matrix_flops}.get(widest, target.vector_flops)
     if not dots:
-        return tpu.cores * tpu.vector_flops
-    int8 = all(v.aval.dtype.itemsize == 1 for eqn in dots for v in eqn.invars)
-    return tpu.cores * 2 * tpu.matrix_macs * (tpu.int8_rate if int8 else 1)
+        return target.cores * target.vector_flops
+    return target.cores * 2 * target.matrix_macs * (target.int8_rate if widest == 1 else 1)
 
 
 def _unprofilable(body: Jaxpr, tpu: TPU) -> str | None:
