@@ -567,6 +567,20 @@ def test_rivals_do_the_same_job(random):
         assert_close(factored(x, *factors), expected)
 
 
+@each_operator
+def test_contestants_compute_the_same(name):
+    operator = OPERATORS[name]
+    case = operator.parity_cases()[0]
+    arguments = testing.inputs_for(case)
+    expected = operator.reference(*map(jnp.asarray, arguments))
+    cotangent = np.ones(expected.shape, np.float32)
+    prepared = {label: of_case(case) for label, of_case in operator.baselines.items() if "XLA" in label}
+    assert len(prepared) == (1 if name == "low_rank_matmul" else 2)
+    for prepare in filter(None, prepared.values()):
+        contestant = prepare(arguments, cotangent)
+        assert_close(contestant.to_numpy(contestant.forward())[0], expected)
+
+
 def test_published_layers_factor():
     for layer in LAYERS:
         for b, rank in filter(None, (layer.monarch, layer.blast)):

@@ -161,16 +161,18 @@ def rounding(run: Any, dtypes: Sequence[Any]) -> Any:
 
 
 def baselines(
-    to_dense: Callable[..., jax.Array], torch_form: Callable[..., Any]
-) -> Mapping[str, Callable[[Case], Prepare | None]]:
-    """XLA's product with the dense matrix, and the usual form of this product in PyTorch.
+    to_dense: Callable[..., jax.Array], torch_form: Callable[..., Any], einsum: Callable[..., jax.Array] | None = None
+) -> Mapping[str, Callable[[Case], Prepare | None]]:  # fmt: skip
+    """XLA's product with the dense matrix, what it makes of einsums, and the usual form of this product in PyTorch.
 
     Args:
       to_dense: from the factors to the matrix (inputs, outputs).
       torch_form: takes x and the factors as tensors.
+      einsum: takes x and the factors; None where our own form is that.
     """
     return {
         "XLA, dense": lambda case: functools.partial(_dense, case, to_dense),
+        **({"XLA, einsum": functools.partial(of_jax, einsum)} if einsum else {}),
         versioned("torch", "batched products"): lambda case: of_torch(torch_form, case),
     }
 

@@ -361,7 +361,7 @@ OPERATOR = Operator(
     parity_cases=_parity_cases,
     compile_cases=lambda full: [*compiled_cases(_of_layer, full), *_odd_calls()],
     bench_cases=lambda: timed_cases(_of_layer),
-    baselines=baselines(to_dense, _torch_form),
+    baselines=baselines(to_dense, _torch_form, lambda x, w1, w2: _multiply_in_xla(x, w1, w2, None)),
     family="blr",
     rivals=rivals(_function, lambda case: case.arguments[2].shape[0] * case.arguments[2].shape[2]),
 )
