@@ -1,6 +1,7 @@
 """Compression: factors against closed forms, budgets, whole networks, files."""
 
 import itertools
+import json
 import sys
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 from pallas_kernels.compress import compress, factorize, load, restore, save
 from pallas_kernels.compress.factors import expanded, to_dense
 from pallas_kernels.nn import BlastLinear, LowRankLinear, MonarchLinear
+from pallas_kernels.progress import Progress
 
 METHODS = ("blast", "low_rank", "monarch")
 MAKE = {"blast": BlastLinear, "low_rank": LowRankLinear, "monarch": MonarchLinear}
@@ -171,6 +173,14 @@ def test_blast_scales_with_its_matrix(random):
     np.testing.assert_allclose(four, 4 * one, rtol=1e-9)
 
 
+def test_a_step_of_the_descent_is_told(random):
+    w, told = random.normal(size=(16, 24)), []
+    factors = factorize(w, "blast", rank=6, blocks=4, steps=7, on_step=lambda: told.append(1))
+    assert len(told) == 7
+    silent = factorize(w, "blast", rank=6, blocks=4, steps=7)
+    jax.tree.map(np.testing.assert_array_equal, factors, silent)
+
+
 # Networks
 
 
@@ -212,10 +222,73 @@ def test_an_error_budget_is_kept_and_not_by_much(method, network):
         fewer = [layer.rank - 1 for layer in report.layers]
         for layer, rank in zip(report.layers, fewer, strict=True):
             assert compress(network, method, rank=rank, pattern=layer.path)[1].relative_error > 0.5
+        return
+    # BLAST's descent starts within the error, at the least rank at which one of its starts is.
+    low_rank, monarch = (compress(network, m, error=0.5)[1].layers for m in ("low_rank", "monarch"))
+    for layer, a, b in zip(report.layers, low_rank, monarch, strict=True):
+        assert layer.rank == min(a.rank, 4 * b.rank)
+        start = compress(network, "blast", rank=layer.rank, pattern=layer.path, steps=0)[1]
+        assert layer.relative_error < start.relative_error <= 0.5
+
+
+@each_method
+def test_a_layer_stays_dense_where_factors_within_the_error_would_be_no_smaller(method, network, random):
+    x, kernel = jnp.asarray(random.normal(size=(5, 24)), jnp.float32), network.head.kernel
+    kernel[...] = jnp.outer(kernel[...][:, 0], kernel[...][0])
+    small, report = compress(network, method, error=0.3)
+    assert [layer.method for layer in report.layers] == ["dense", "dense", method]
+    dense, _, head = report.layers
+    assert (dense.rank, dense.blocks, dense.relative_error) == (24, 1, 0)
+    assert dense.parameters == dense.dense_parameters == 24 * 48
+    assert dense.bytes == dense.dense_bytes == 4 * 24 * 48
+    assert head.rank <= 4 and head.parameters < head.dense_parameters and report.relative_error < 1e-6
+    assert type(small.blocks[0]) is nnx.Linear and type(small.head) is MAKE[method]
+    np.testing.assert_allclose(small(x), network(x), rtol=1e-4, atol=1e-5)
+    # Low rank takes exactly as many parameters as the matrices of the blocks here.
+    rank = compress(network, "low_rank", rank=16, pattern="blocks.*")[1]
+    assert rank.parameters == rank.dense_parameters and rank.relative_error < 0.3
+
+
+def test_more_steps_of_blast_give_no_larger_error(network):
+    errors = [
+        compress(network, "blast", ratio=0.5, pattern="head", steps=steps)[1].relative_error
+        for steps in (0, 1, 5, 60)
+    ]
+    assert all(b < a for a, b in itertools.pairwise(errors))
+    assert errors[-1] == compress(network, "blast", ratio=0.5, pattern="head")[1].relative_error
+
+
+@pytest.mark.parametrize(
+    ("options", "each"),
+    [
+        ({"method": "blast", "ratio": 0.5, "steps": 5}, 6),
+        ({"method": "blast", "error": 0.0, "steps": 5}, 1),
+        ({"method": "low_rank", "ratio": 0.5}, 1),
+    ],
+)
+def test_progress_advances_at_each_step(options, each, network, monkeypatch):
+    bars = []
+
+    class Recorded(Progress):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.seen = []
+            bars.append(self)
+
+        def advance(self, message=""):
+            super().advance(message)
+            self.seen.append((self.done, message))
+
+    monkeypatch.setattr("pallas_kernels.compress.network.Progress", Recorded)
+    compress(network, **options)
+    (bar,) = bars
+    done, messages = zip(*bar.seen, strict=True)
+    assert messages == tuple(path for path in ("blocks.0", "blocks.1", "head") for _ in range(each))
+    assert list(done) == sorted({*done}) and done[-1] == bar.total
 
 
 def test_a_pattern_chooses_layers(network):
-    small, report = compress(network, "monarch", ratio=0.5, pattern=["blocks.*", "nothing"])
+    small, report = compress(network, "monarch", ratio=0.5, pattern=["blocks.*", "blocks.1"])
     assert len(report.layers) == 2 and type(small.head) is nnx.Linear
 
 
@@ -231,6 +304,23 @@ def test_calibration_helps_where_inputs_differ(method, network, random):
         return np.linalg.norm(x @ (w - np.asarray(small.blocks[0].to_dense())))
 
     assert output_error(calibration=batches) < 0.8 * output_error()
+
+
+def test_a_batch_that_is_a_tuple_is_the_positional_arguments(random):
+    class Model(nnx.Module):
+        def __init__(self):
+            self.linear = nnx.Linear(16, 16, rngs=nnx.Rngs(0))
+
+        def __call__(self, x, scale=1.0):
+            return self.linear(scale * x)
+
+    x = jnp.asarray(random.normal(size=(64, 16)), jnp.float32)
+    scale = jnp.asarray(np.geomspace(0.01, 10, 16), jnp.float32)
+    both, product, alone, bare = (
+        compress(Model(), "low_rank", rank=2, calibration=[batch])[1].layers[0].squared_norm
+        for batch in ((x, scale), scale * x, (x,), x)
+    )
+    assert both == pytest.approx(product, rel=1e-5) and alone == bare != pytest.approx(both, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +339,14 @@ def test_calibration_helps_where_inputs_differ(method, network, random):
             {"ratio": 0.5, "pattern": "encoder.*"},
             r"no nnx.Linear or nnx.LinearGeneral matches 'encoder.\*'; there are blocks.0",
         ),
+        (
+            {"ratio": 0.5, "pattern": ["blocks.*", "nothing", "encoder.*"]},
+            r"LinearGeneral matches 'nothing', 'encoder.\*'; there are blocks.0",
+        ),
+        ({"ratio": 0.5, "pattern": []}, r"matches \[\]; there are blocks.0"),
         ({"ratio": 0.5, "calibration": []}, "no activations"),
+        ({"ratio": 0.5, "calibration": [np.full((1, 24), np.nan)]}, "^blocks.0: got activations with NaN"),
+        ({"ratio": 0.5, "steps": -1}, "steps=-1, expected 0 or more"),
         ({"ratio": 1.5}, r"blocks.0: got ratio=1.5, expected more than 0, and at most 1"),
     ],
 )
@@ -264,10 +361,56 @@ def test_bad_budgets_are_refused_and_the_network_is_left_alone(options, words, n
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"rank": 2.5}, "^blocks.0: got rank=2.5, expected an integer"),
+        ({"rank": True}, "got rank=True, expected an integer"),
+        ({"ratio": "0.5"}, "^blocks.0: got ratio='0.5', expected a number"),
+        ({"ratio": True}, "got ratio=True, expected a number"),
+        ({"error": 0.5j}, "^got error=0.5j, expected a number"),
+        ({"rank": 2, "blocks": 4.0}, "got blocks=4.0, expected an integer"),
+        ({"rank": 2, "steps": 1.5}, "^got steps=1.5, expected an integer"),
+    ],
+)
+def test_budgets_that_are_no_numbers_are_refused(options, words, network):
+    with pytest.raises(TypeError, match=words):
+        compress(network, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"rank": np.int64(2)}, {"ratio": np.float32(0.5)}, {"error": np.float64(0.5)}]
+)
+def test_numpy_numbers_are_numbers(options, network):
+    assert compress(network, "low_rank", pattern="head", **options)[1].ratio < 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1j])
+def test_matrices_of_other_numbers_are_refused(value, network):
+    error, words = {
+        True: (TypeError, "got a matrix of complex64, expected real"),
+        False: (ValueError, "got a matrix with NaN or infinity, expected finite"),
+    }[np.iscomplexobj(value)]
+    network.head.kernel = nnx.Param(network.head.kernel[...].at[3, 4].set(0) + value)
+    with pytest.raises(error, match=f"^{words}"):
+        factorize(network.head.kernel[...], "low_rank", rank=1)
+    with pytest.raises(error, match=f"^head: {words}"):
+        compress(network, "low_rank", rank=1)
+
+
+@pytest.mark.parametrize(
+    "options", [{"rank": 2.5}, {"rank": True}, {"rank": None}, {"rank": 2, "blocks": 4.0}, {"steps": "5"}]
+)
+def test_factors_take_integers(options):
+    with pytest.raises(TypeError, match="expected an integer"):
+        factorize(np.ones((16, 24)), "blast", **{"rank": 2, "blocks": 4, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
         ({"method": "monarch", "rank": 0, "blocks": 4}, "rank=0, expected 1 to 4"),
         ({"method": "blast", "rank": 17, "blocks": 4}, "rank=17, expected 1 to 16"),
         ({"method": "monarch", "rank": 1, "blocks": 5}, "16 to 24 features don't divide into 5 blocks"),
         ({"method": "svd", "rank": 1}, "'svd', expected one of"),
+        ({"method": "blast", "rank": 1, "steps": -1}, "steps=-1, expected 0 or more"),
     ],
 )
 def test_what_does_not_factor_is_refused(options, words):
@@ -396,6 +539,58 @@ def test_two_layers_at_one_path_are_refused():
         compress(model, "low_rank", rank=1)
 
 
+class Tied(nnx.Module):
+    """Three layers with one kernel; the factors of the last are no layer of pallas_kernels.nn."""
+
+    def __init__(self, seed: int = 0):
+        rngs = nnx.Rngs(seed)
+        self.a, self.b = (nnx.Linear(16, 16, rngs=rngs) for _ in range(2))
+        self.c = nnx.Linear(16, 16, precision="highest", rngs=rngs)
+        self.b.kernel = self.c.kernel = self.a.kernel
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.c(nnx.relu(self.b(nnx.relu(self.a(x)))))
+
+
+@each_method
+def test_layers_that_share_a_kernel_share_its_factors(method, path, random):
+    model, x = Tied(), jnp.asarray(random.normal(size=(5, 16)), jnp.float32)
+    small, report = compress(model, method, ratio=0.75)
+    assert [layer.path for layer in report.layers] == ["a"] and report.dense_parameters == 256
+    dense = restore(small)
+    assert dense.a.kernel is dense.b.kernel is dense.c.kernel
+    np.testing.assert_allclose(dense(x), small(x), rtol=1e-4, atol=1e-5)
+    save(small, path)
+    again = load(Tied(seed=1), path)
+    np.testing.assert_array_equal(again(x), small(x))
+    for shared in (small, again):
+        for name in MAKE[method].FACTORS:
+            factor = getattr(shared.a, name)
+            assert factor is getattr(shared.b, name) is getattr(shared.c.dot_general, name)
+    kept = compress(model, method, error=0.0)[0]
+    assert kept.a.kernel is kept.b.kernel is kept.c.kernel
+
+
+def test_a_shared_kernel_is_weighted_by_the_activations_of_all_its_layers(random):
+    model, x = Tied(), jnp.asarray(random.normal(size=(64, 16)) * np.geomspace(0.01, 10, 16), jnp.float32)
+    inputs = [x, nnx.relu(model.a(x))]
+    inputs = np.stack([*inputs, nnx.relu(model.b(inputs[1]))])
+    report = compress(model, "low_rank", rank=2, calibration=[x])[1]
+    weighted = np.sqrt(np.mean(inputs**2, (0, 1)))[:, None] * model.a.kernel[...]
+    assert report.layers[0].squared_norm == pytest.approx(np.linalg.norm(weighted) ** 2, rel=1e-4)
+
+
+def test_a_kernel_that_would_come_apart_is_refused():
+    with pytest.raises(ValueError, match=r"^b: got a kernel that a shares, expected both to be layers"):
+        compress(Tied(), "low_rank", rank=2, pattern=["b", "c"])
+    model = nnx.Module()
+    model.linear = nnx.LinearGeneral(4, (4, 16), rngs=nnx.Rngs(0))
+    model.other = nnx.LinearGeneral((4, 4), 16, axis=(-2, -1), rngs=nnx.Rngs(0))
+    model.other.kernel = model.linear.kernel
+    with pytest.raises(ValueError, match=r"^linear: got a kernel that other shares, .* of the same features"):
+        compress(model, "low_rank", rank=2)
+
+
 def test_full_ranks_of_attention_change_nothing(random):
     model, x = Holder(), jnp.asarray(random.normal(size=(3, 5, 16)), jnp.float32)
     small, _ = compress(model, "monarch", rank=8, blocks=2, calibration=[x])
@@ -467,6 +662,62 @@ def test_a_checkpoint_of_another_network_is_refused(network, path):
         load(Network(hidden=60), path)
     with pytest.raises(ValueError, match="was not saved by"):
         load(network, path.with_name("nothing"))
+
+
+LAYER = {"method": "low_rank", "features": [24, 36], "rank": 2, "blocks": 1}
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("{", "a configuration that is not JSON"),
+        ("[3]", "a configuration of type list, expected a dict of layers"),
+        ('{"head": 3}', "3 for a layer head, expected method, features, rank, blocks"),
+        *[
+            (
+                json.dumps({"head": {k: v for k, v in LAYER.items() if k != key}}),
+                f"layer head, expected .*{key}",
+            )
+            for key in LAYER
+        ],
+        (
+            json.dumps({"head": LAYER | {"method": "svd"}}),
+            "head of another kind: got method='svd', expected one",
+        ),
+        (
+            json.dumps({"head": LAYER | {"rank": "2"}}),
+            "head of another kind: got rank='2', expected an integer",
+        ),
+        (
+            json.dumps({"head": LAYER | {"blocks": None}}),
+            "head of another kind: got blocks=None, expected an int",
+        ),
+        (json.dumps({"head": LAYER | {"rank": 25}}), "head of another kind: got rank=25, expected 1 to 24"),
+        (json.dumps({"tail": LAYER | {"features": None}}), "tail of None features, the network has None"),
+    ],
+)
+def test_a_configuration_of_another_kind_is_refused(written, words, network, tmp_path):
+    path = tmp_path / "network.safetensors"
+    numpy = pytest.importorskip("safetensors.numpy")
+    numpy.save_file({}, path, metadata={"pallas_kernels.compress": written})
+    with pytest.raises(ValueError, match=rf"network.safetensors has .*{words}"):
+        load(network, path)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_arrays_keep_their_dtype_and_are_not_cast(dtype, path):
+    def model(dtype):
+        return nnx.Sequential(nnx.Linear(16, 24, use_bias=False, param_dtype=dtype, rngs=nnx.Rngs(0)))
+
+    small, _ = compress(model(dtype), "low_rank", rank=2)
+    save(small, path)
+    factor = load(model(dtype), path).layers[0].u[...]
+    assert factor.dtype == dtype
+    np.testing.assert_array_equal(factor, small.layers[0].u[...])
+    other = jnp.float16 if dtype == jnp.float32 else jnp.float32
+    saved, wanted = (rf"{jnp.dtype(d)} \[2, 24\]" for d in (dtype, other))
+    with pytest.raises(ValueError, match=f"has {saved} for layers.0.u, the network has {wanted}; 2 such"):
+        load(model(other), path)
 
 
 def test_a_missing_extra_says_what_to_install(network, tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
 """The nearest Monarch, BLAST and low-rank matrices to a given one, in float64."""
 
 import math
-from collections.abc import Mapping
+import numbers
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,44 +13,81 @@ STEPS, DAMPING = 60, 0.1
 
 
 def factorize(
-    matrix: Any, method: str, *, rank: int, blocks: int = 1, steps: int = STEPS, seed: int | None = None
+    matrix: Any,
+    method: str,
+    *,
+    rank: int,
+    blocks: int = 1,
+    steps: int = STEPS,
+    seed: int | None = None,
+    on_step: Callable[[], object] | None = None,
 ) -> dict[str, np.ndarray]:
     """The factors of a matrix, by the names that the layers have for them.
 
     Args:
-      matrix: (inputs, outputs).
+      matrix: (inputs, outputs), of real numbers.
       method: "monarch", "blast" or "low_rank".
       rank: of a block for Monarch, of the matrix else.
       blocks: along each side.
       steps: of BLAST's descent.
       seed: start BLAST's descent from random factors instead of the better of low rank and Monarch.
+      on_step: is called after each step of BLAST's descent.
 
     Returns:
       Arrays of float64.
 
     Raises:
-      ValueError: no such method, sides that don't divide into blocks, or a rank of 0 or above that of a full block.
+      TypeError: a complex matrix; a rank, blocks or steps that are no integers.
+      ValueError: no such method, sides that don't divide into blocks, a rank of 0 or above that of a full block, fewer
+        than 0 steps, or a matrix with NaN or infinity.
     """
-    w = np.asarray(matrix, np.float64)
+    w = real(matrix)
     inputs, outputs = w.shape
     check(method, inputs, outputs, blocks, rank)
+    check_steps(steps)
     if method == "low_rank":
         return dict(zip("uv", _low_rank(w, rank), strict=True))
     if method == "monarch":
         return dict(zip(("w1", "w2"), _monarch(w, rank, blocks), strict=True))
-    return dict(zip("usv", _blast(w, rank, blocks, steps, seed), strict=True))
+    return dict(zip("usv", _blast(w, rank, blocks, steps, seed, on_step), strict=True))
 
 
-def check(method: str, inputs: int, outputs: int, blocks: int, rank: int | None) -> None:
+def real(matrix: Any) -> np.ndarray:
+    """A matrix in float64; complex ones and those that aren't finite are refused."""
+    w = np.asarray(matrix)
+    if np.iscomplexobj(w):
+        raise TypeError(f"got a matrix of {w.dtype}, expected real numbers")
+    w = w.astype(np.float64)
+    if not np.isfinite(w).all():
+        raise ValueError("got a matrix with NaN or infinity, expected finite numbers")
+    return w
+
+
+def check_numbers(kind: type, **values: Any) -> None:
+    """Refuse what is no number of a kind; a bool is none."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, kind):
+            expected = "an integer" if kind is numbers.Integral else "a number"
+            raise TypeError(f"got {name}={value!r}, expected {expected}")
+
+
+def check_steps(steps: int) -> None:
+    check_numbers(numbers.Integral, steps=steps)
+    if steps < 0:
+        raise ValueError(f"got {steps=}, expected 0 or more")
+
+
+def check(method: str, inputs: int, outputs: int, blocks: int, rank: int) -> None:
     """Refuse a method, blocks and a rank that there are not."""
     if method not in METHODS:
         raise ValueError(f"got {method=}, expected one of {', '.join(METHODS)}")
+    check_numbers(numbers.Integral, blocks=blocks, rank=rank)
     if blocks < 1 or inputs % blocks or outputs % blocks:
         raise ValueError(
             f"{inputs} to {outputs} features don't divide into {blocks} blocks; give other `blocks`"
         )
     full = full_rank(method, inputs, outputs, blocks)
-    if rank is not None and not 1 <= rank <= full:
+    if not 1 <= rank <= full:
         raise ValueError(f"got {rank=}, expected 1 to {full}, the rank of a full block")
 
 
@@ -133,7 +171,7 @@ def _monarch(w: np.ndarray, rank: int, blocks: int) -> tuple[np.ndarray, np.ndar
 
 
 def _blast(
-    w: np.ndarray, rank: int, blocks: int, steps: int, seed: int | None
+    w: np.ndarray, rank: int, blocks: int, steps: int, seed: int | None, on_step: Callable[[], object] | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Damped Newton steps in one factor at a time; each of these problems is quadratic."""
     scale = w.std() or 1.0
@@ -154,6 +192,8 @@ def _blast(
         v = v - eta * _newton_bases(targets.transpose(1, 0, 3, 2), v, s.swapaxes(0, 1), u)
         s = s - eta * _newton_mixing(targets, u, s, v)
         error = np.linalg.norm(targets - expanded(u, s, v))
+        if on_step:
+            on_step()
         if not np.isfinite(error):
             break
         if error < least:

@@ -19,9 +19,10 @@ def save(model: nnx.Module, path: str | Path) -> None:
 
     Args:
       model: from `compress`.
-      path: of a file that ends in ".safetensors", or of a new folder for Orbax.
+      path: of a file that ends in ".safetensors", which is overwritten, or of a new folder for Orbax.
 
     Raises:
+      ValueError: from Orbax, there is such a folder.
       ModuleNotFoundError: safetensors or orbax-checkpoint is not installed.
     """
     path, arrays = Path(path), {k: np.asarray(v[...]) for k, v in _variables(model).items()}
@@ -43,20 +44,23 @@ def load(model: nnx.Module, path: str | Path) -> nnx.Module:
       path: as given to `save`.
 
     Raises:
-      ValueError: the layers or arrays saved are not those of such a network.
+      ValueError: what was saved is no configuration of layers, or its layers or arrays, with their dtypes, are not
+        those of such a network.
       ModuleNotFoundError: safetensors or orbax-checkpoint is not installed.
     """
     path = Path(path)
     written, arrays = _read(path)
     try:
         small = with_layers(model, json.loads(written))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} has a configuration that is not JSON: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path} has {error}") from None
     variables = _variables(small)
-    if differing := {k for k in {*variables, *arrays} if _shape(variables, k) != _shape(arrays, k)}:
+    if differing := {k for k in {*variables, *arrays} if _kind(variables, k) != _kind(arrays, k)}:
         name = min(differing)
         raise ValueError(
-            f"{path} has {_shape(arrays, name)} for {name}, the network has {_shape(variables, name)}"
+            f"{path} has {_kind(arrays, name)} for {name}, the network has {_kind(variables, name)}"
             f"; {len(differing)} such differences"
         )
     for key, variable in variables.items():
@@ -91,8 +95,8 @@ def _variables(model: nnx.Module) -> dict[str, Any]:
     )
 
 
-def _shape(arrays: dict[str, Any], key: str) -> tuple[int, ...] | None:
-    return tuple(arrays[key].shape) if key in arrays else None
+def _kind(arrays: dict[str, Any], key: str) -> str | None:
+    return f"{arrays[key].dtype} {list(arrays[key].shape)}" if key in arrays else None
 
 
 def _module(name: str) -> Any:

@@ -1,8 +1,11 @@
 """Networks whose dense layers are replaced by those of smaller matrices, and back."""
 
 import fnmatch
+import functools
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -20,6 +23,8 @@ from pallas_kernels.progress import Progress
 
 LAYERS = {"monarch": MonarchLinear, "blast": BlastLinear, "low_rank": LowRankLinear}
 _OPERATORS = {"monarch": monarch_matmul, "blast": blast_matmul, "low_rank": low_rank_matmul}
+# Of a layer: what `configuration` gives and `with_layers` needs.
+_CONFIGURATION = ("method", "features", "rank", "blocks")
 _PRODUCTS = {method: getattr(operator, f"{method}_matmul") for method, operator in _OPERATORS.items()}
 
 
@@ -33,6 +38,7 @@ def compress(
     blocks: int = 4,
     pattern: str | Sequence[str] = "*",
     calibration: Iterable[Any] | None = None,
+    steps: int = factorization.STEPS,
 ) -> tuple[nnx.Module, Report]:
     """A copy of a network whose linear layers have smaller matrices.
 
@@ -41,25 +47,32 @@ def compress(
     never gets worse. `nnx.Linear` becomes a layer of `pallas_kernels.nn`; one with a precision, `promote_dtype` or
     `preferred_element_type` of its own, and `nnx.LinearGeneral`, of which `nnx.MultiHeadAttention` is made, get factors
     by `pallas_kernels.nn.DotGeneral`. Factors are variables of the kernel's type and metadata, but for its sharding.
+    Layers that share a kernel share its factors, and are one layer of the report.
 
     Args:
       model: any network of such layers. It is left as it is.
       method: "monarch", "blast" or "low_rank".
       ratio: parameters to keep of each matrix, 0 to 1. Give one of ratio, rank and error.
       rank: as in the layers' classes: of a block for Monarch, of the matrix else.
-      error: the largest relative error of a matrix, in the Frobenius norm.
+      error: the largest relative error of a matrix, in the Frobenius norm. A layer stays dense where factors within it
+        would take at least as many parameters as the matrix. BLAST takes the rank at which its descent starts within
+        the error, so that it ends below it.
       blocks: along each side of a matrix; without a part in "low_rank".
-      pattern: which layers, by their path such as "blocks.0.mlp.fc1", with `*` and `?` as in a shell; or several.
-      calibration: batches that `model` takes. Then errors are weighted by the root mean square of the activations
-        that each input of a layer has.
+      pattern: which layers, by their path such as "blocks.0.mlp.fc1", with `*` and `?` as in a shell; or several,
+        each of which matches a layer.
+      calibration: batches that `model` takes; one that is a tuple is its positional arguments. Then errors are weighted
+        by the root mean square of the activations that each input of a layer has.
+      steps: of BLAST's descent.
 
     Returns:
       The compressed network, whose layers hold factors in the dtype of their matrices, and a report.
 
     Raises:
-      ValueError: not one budget; no layer matches; features that don't divide into blocks; a budget that allows
-        no rank at all, or a rank above that of a full block; a stack of matrices, or a layer in a tuple; keys with
-        dots that give two layers one path.
+      TypeError: a budget, blocks or steps that are no such numbers; a complex matrix.
+      ValueError: not one budget; a pattern that no layer matches; features that don't divide into blocks; a budget
+        that allows no rank at all, or a rank above that of a full block; fewer than 0 steps; a stack of matrices, or a
+        layer in a tuple; a kernel that is shared with what stays; NaN or infinity in a matrix or in activations; keys
+        with dots that give two layers one path.
 
     Example:
       >>> from flax import nnx
@@ -73,31 +86,48 @@ def compress(
     """
     if sum(budget is not None for budget in (ratio, rank, error)) != 1:
         raise ValueError(f"got {ratio=}, {rank=}, {error=}, expected one of them")
-    if error is not None and not 0 <= error < 1:
-        raise ValueError(f"got {error=}, expected 0 or more, and less than 1")
+    if error is not None:
+        factorization.check_numbers(numbers.Real, error=error)
+        if not 0 <= error < 1:
+            raise ValueError(f"got {error=}, expected 0 or more, and less than 1")
+    factorization.check_steps(steps)
     blocks = 1 if method == "low_rank" else blocks
     found = _matching(model, pattern)
+    tied = _tied(model, found)
     ranks = {}
     for path, linear in found.items():
         try:
             ranks[path] = _rank(linear, method, blocks, ratio, rank)
-        except ValueError as e:
-            raise ValueError(f"{path}: {e}") from None
-    weights = _activations(model, found, calibration) if calibration is not None else {}
+        except (TypeError, ValueError) as e:
+            raise type(e)(f"{path}: {e}") from None
+    weights = _activations(model, found, tied, calibration) if calibration is not None else {}
 
-    replaced, rows = {}, []
-    with Progress(len(found), "compress") as progress:
-        for path, linear in found.items():
+    replaced, rows, each = {}, [], 1 + (steps if method == "blast" else 0)
+    with Progress(each * len(tied), "compress") as progress:
+        for path, *others in tied:
+            linear, advance = found[path], functools.partial(progress.advance, path)
             scale = np.ones((1, 1)) if calibration is None else weights[path]
-            r = ranks[path] or factorization.least_rank(_matrix(linear) * scale, method, blocks, error or 0.0)
-            replaced[path], row = _approximated(path, linear, method, r, blocks, scale)
+            matrix, (inputs, outputs) = _matrix(linear) * scale, _features(linear)
+            r = ranks[path] or factorization.least_rank(matrix, method, blocks, error or 0.0)
+            row = _unchanged(path, linear, matrix)
+            if error is None or factorization.parameters(method, inputs, outputs, r, blocks) < matrix.size:
+                nearest = factorization.factorize(
+                    matrix, method, rank=r, blocks=blocks, steps=steps, on_step=advance
+                )
+                factors = _variables(linear.kernel, factorization.scale_inputs(nearest, 1 / scale))
+                row = replace(row, method=method, rank=r, blocks=blocks, **_measured(factors, matrix, scale))
+                replaced |= {p: _factored(found[p], method, factors) for p in (path, *others)}
             rows.append(row)
-            progress.advance(path)
+            # A layer that stays dense takes no steps, and a descent may end early.
+            progress.done = each * len(rows) - 1
+            advance()
     return _copy_with(model, replaced), Report(tuple(rows))
 
 
 def restore(model: nnx.Module) -> nnx.Module:
     """A copy of a compressed network with dense layers again, which compute the same.
+
+    Layers that share factors share a kernel.
 
     Raises:
       ValueError: there is no compressed layer.
@@ -105,7 +135,8 @@ def restore(model: nnx.Module) -> nnx.Module:
     found = _compressed(model)
     if not found:
         raise ValueError("got a network without a compressed layer")
-    return _copy_with(model, {path: _dense(*parts) for path, parts in found.items()})
+    kernels: dict[Any, nnx.Variable] = {}
+    return _copy_with(model, {path: _dense(*parts, kernels) for path, parts in found.items()})
 
 
 def configuration(model: nnx.Module) -> dict[str, dict[str, Any]]:
@@ -113,27 +144,37 @@ def configuration(model: nnx.Module) -> dict[str, dict[str, Any]]:
     found = {}
     for path, (layer, method, factors) in _compressed(model).items():
         rank, blocks = factorization.rank_and_blocks(factors)
-        found[path] = {"method": method, "features": _features(layer), "rank": rank, "blocks": blocks}
+        found[path] = dict(zip(_CONFIGURATION, (method, _features(layer), rank, blocks), strict=True))
     return found
 
 
-def with_layers(model: nnx.Module, layers: Mapping[str, Mapping[str, Any]]) -> nnx.Module:
-    """A copy of a dense network with compressed layers of zeros.
+def with_layers(model: nnx.Module, layers: Any) -> nnx.Module:
+    """A copy of a dense network with compressed layers of zeros, which `configuration` gave.
 
     Raises:
-      ValueError: it has no such dense layer; the message goes on from "... has".
+      ValueError: it has no such dense layer, or `layers` are none; the message goes on from "... has".
     """
+    if not isinstance(layers, dict):
+        raise ValueError(f"a configuration of type {type(layers).__name__}, expected a dict of layers")
     linears: dict[str, Any] = _linears(model)
-    replaced = {}
+    replaced, variables = {}, {}
     for path, layer in layers.items():
+        if not (isinstance(layer, dict) and layer.keys() >= {*_CONFIGURATION}):
+            raise ValueError(f"{layer!r} for a layer {path}, expected {', '.join(_CONFIGURATION)}")
+        method, expected, rank, blocks = (layer[key] for key in _CONFIGURATION)
         features = _features(linears[path]) if path in linears else None
-        if features != layer["features"]:
-            raise ValueError(f"a layer {path} of {layer['features']} features, the network has {features}")
-        inputs, outputs = layer["features"]
-        shapes = factorization.shapes(layer["method"], inputs, outputs, layer["rank"], layer["blocks"])
-        dtype = linears[path].kernel[...].dtype
-        zeros = {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
-        replaced[path] = _factored(linears[path], layer["method"], zeros)
+        if features is None or features != expected:
+            raise ValueError(f"a layer {path} of {expected} features, the network has {features}")
+        inputs, outputs = features
+        try:
+            factorization.check(method, inputs, outputs, blocks, rank)
+        except (TypeError, ValueError) as e:
+            raise ValueError(f"a layer {path} of another kind: {e}") from None
+        kernel = linears[path].kernel
+        if id(kernel) not in variables:
+            shapes = factorization.shapes(method, inputs, outputs, rank, blocks)
+            variables[id(kernel)] = _variables(kernel, {k: np.zeros(shape) for k, shape in shapes.items()})
+        replaced[path] = _factored(linears[path], method, variables[id(kernel)])
     return _copy_with(model, replaced)
 
 
@@ -148,17 +189,17 @@ def _linears(model: nnx.Module) -> dict[str, Any]:
     }
 
 
-def _compressed(model: nnx.Module) -> dict[str, tuple[Any, str, dict[str, jax.Array]]]:
+def _compressed(model: nnx.Module) -> dict[str, tuple[Any, str, dict[str, nnx.Variable]]]:
     """Of each compressed layer itself, how it was compressed, and its factors."""
     found = {}
     for method, kind in LAYERS.items():
         for path, layer in _modules(model, kind).items():
-            found[path] = layer, method, {name: getattr(layer, name)[...] for name in layer.FACTORS}
+            found[path] = layer, method, {name: getattr(layer, name) for name in layer.FACTORS}
     methods = {product: method for method, product in _PRODUCTS.items()}
     for path, layer in _modules(model, (nnx.Linear, nnx.LinearGeneral)).items():
         hook = layer.dot_general
         if isinstance(hook, DotGeneral) and hook.product in methods:
-            factors = {name: getattr(hook, name)[...] for name in hook.names}
+            factors = {name: getattr(hook, name) for name in hook.names}
             found[path] = layer, methods[hook.product], factors
     return found
 
@@ -182,13 +223,31 @@ def _modules(model: nnx.Module, kinds: Any) -> dict[str, Any]:
 def _matching(model: nnx.Module, pattern: str | Sequence[str]) -> dict[str, Any]:
     found, patterns = _linears(model), [pattern] if isinstance(pattern, str) else list(pattern)
     chosen = {path: m for path, m in found.items() if any(fnmatch.fnmatchcase(path, p) for p in patterns)}
-    if not chosen:
+    unmatched = [p for p in patterns if not any(fnmatch.fnmatchcase(path, p) for path in found)]
+    if unmatched or not patterns:
+        wanted = ", ".join(map(repr, unmatched or [pattern]))
         raise ValueError(
-            f"no nnx.Linear or nnx.LinearGeneral matches {pattern!r}; there are {', '.join(found) or 'none'}"
+            f"no nnx.Linear or nnx.LinearGeneral matches {wanted}; there are {', '.join(found) or 'none'}"
         )
     # What can't be replaced is refused before factors are sought, which may take long.
     _copy_with(model, dict.fromkeys(chosen, nnx.Module()))
     return chosen
+
+
+def _tied(model: nnx.Module, chosen: Mapping[str, Any]) -> list[list[str]]:
+    """The paths of these layers, those that share a kernel together; it must come apart from nothing else."""
+    tied: dict[int, list[str]] = {}
+    for path, linear in chosen.items():
+        tied.setdefault(id(linear.kernel), []).append(path)
+    for path, m in _modules(model, nnx.Pytree).items():
+        for value in vars(m).values():
+            first = tied.get(id(value), [path])[0]
+            if path != first and (path not in chosen or _features(m) != _features(chosen[first])):
+                raise ValueError(
+                    f"{first}: got a kernel that {path or 'the network'} shares, expected both to be layers that "
+                    "`pattern` matches, of the same features"
+                )
+    return list(tied.values())
 
 
 def _copy_with(model: nnx.Module, layers: Mapping[str, Any]) -> nnx.Module:
@@ -222,7 +281,7 @@ def _features(layer: Any) -> list[int]:
 
 
 def _matrix(linear: Any) -> np.ndarray:
-    return np.asarray(linear.kernel[...], np.float64).reshape(_features(linear))
+    return factorization.real(linear.kernel[...]).reshape(_features(linear))
 
 
 def _rank(linear: Any, method: str, blocks: int, ratio: float | None, rank: int | None) -> int | None:
@@ -232,8 +291,10 @@ def _rank(linear: Any, method: str, blocks: int, ratio: float | None, rank: int 
         raise ValueError(
             f"got a kernel of shape {linear.kernel[...].shape}, expected one matrix of {inputs} to {outputs}"
         )
-    factorization.check(method, inputs, outputs, blocks, rank)
+    _matrix(linear)  # It refuses complex numbers, NaN and infinity.
+    factorization.check(method, inputs, outputs, blocks, 1 if rank is None else rank)
     if ratio is not None:
+        factorization.check_numbers(numbers.Real, ratio=ratio)
         if not 0 < ratio <= 1:
             raise ValueError(f"got {ratio=}, expected more than 0, and at most 1")
         each = factorization.parameters(method, inputs, outputs, 1, blocks)
@@ -246,40 +307,38 @@ def _rank(linear: Any, method: str, blocks: int, ratio: float | None, rank: int 
     return rank
 
 
-def _approximated(
-    path: str, linear: Any, method: str, rank: int, blocks: int, scale: np.ndarray
-) -> tuple[Any, LayerReport]:
-    """A layer with the nearest matrix, where errors count in proportion to `scale`, a number for each input."""
-    matrix, dtype = _matrix(linear) * scale, linear.kernel[...].dtype
-    nearest = factorization.factorize(matrix, method, rank=rank, blocks=blocks)
-    factors = {k: jnp.asarray(f, dtype) for k, f in factorization.scale_inputs(nearest, 1 / scale).items()}
-    stored = {k: np.asarray(f, np.float64) for k, f in factors.items()}
-    norm = float(np.linalg.norm(matrix))
-    report = LayerReport(
-        path=path,
-        method=method,
-        rank=rank,
-        blocks=blocks,
-        parameters=sum(f.size for f in factors.values()),
-        dense_parameters=matrix.size,
-        bytes=sum(f.nbytes for f in factors.values()),
-        dense_bytes=matrix.size * dtype.itemsize,
-        relative_error=float(np.linalg.norm(matrix - factorization.to_dense(stored) * scale)) / (norm or 1.0),
-        squared_norm=norm**2,
-    )
-    return _factored(linear, method, factors), report
+def _unchanged(path: str, linear: Any, matrix: np.ndarray) -> LayerReport:
+    """Of a layer that stays dense, whose matrix is weighted."""
+    kernel, squared_norm = linear.kernel[...], float(np.linalg.norm(matrix)) ** 2
+    sizes = kernel.size, kernel.size, kernel.nbytes, kernel.nbytes
+    return LayerReport(path, "dense", min(matrix.shape), 1, *sizes, 0.0, squared_norm)
 
 
-def _factored(linear: Any, method: str, factors: Mapping[str, jax.Array]) -> Any:
+def _measured(factors: Mapping[str, nnx.Variable], matrix: np.ndarray, scale: np.ndarray) -> dict[str, Any]:
+    """What the report says of factors, where errors count in proportion to `scale`, a number for each input."""
+    arrays = {name: factor[...] for name, factor in factors.items()}
+    stored = factorization.to_dense({name: np.asarray(a, np.float64) for name, a in arrays.items()})
+    return {
+        "parameters": sum(a.size for a in arrays.values()),
+        "bytes": sum(a.nbytes for a in arrays.values()),
+        "relative_error": float(np.linalg.norm(matrix - stored * scale) / (np.linalg.norm(matrix) or 1.0)),
+    }
+
+
+def _variables(kernel: nnx.Variable, factors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Factors as what the kernel is, in its dtype."""
+    return {name: like(kernel, jnp.asarray(f, kernel[...].dtype)) for name, f in factors.items()}
+
+
+def _factored(linear: Any, method: str, variables: Mapping[str, Any]) -> Any:
     """In place of a dense layer, with its bias."""
-    variables = {name: like(linear.kernel, factor) for name, factor in factors.items()}
     # Options that the layers of pallas_kernels.nn don't have.
     options = linear.precision, linear.promote_dtype, getattr(linear, "preferred_element_type", None)
     if isinstance(linear, nnx.LinearGeneral) or options != (None, promote_dtype, None):
         layer = nnx.clone(linear)
         DotGeneral(_PRODUCTS[method], **variables).install(layer)
         return layer
-    rank, blocks = factorization.rank_and_blocks(factors)
+    rank, blocks = factorization.rank_and_blocks(variables)
     options = {} if method == "low_rank" else {"blocks": blocks}
     # Drawing random factors first would take time.
     layer: Any = nnx.eval_shape(
@@ -295,22 +354,25 @@ def _factored(linear: Any, method: str, factors: Mapping[str, jax.Array]) -> Any
     return layer
 
 
-def _dense(layer: Any, method: str, factors: Mapping[str, jax.Array]) -> Any:
-    matrix = _OPERATORS[method].to_dense(**factors)
+def _dense(layer: Any, method: str, factors: Mapping[str, nnx.Variable], kernels: dict[Any, Any]) -> Any:
+    """In place of a compressed layer, with its bias; `kernels` keeps those of factors that others may share."""
+    matrix = _OPERATORS[method].to_dense(**{name: factor[...] for name, factor in factors.items()})
     if isinstance(layer, nnx.Linear | nnx.LinearGeneral):
         dense: Any = nnx.clone(layer)
         del dense.dot_general  # It was a module; a function is no data to Flax.
         dense.dot_general = jax.lax.dot_general
         if isinstance(layer, nnx.LinearGeneral):
             matrix = matrix.reshape(*layer.in_features, *layer.out_features)
-        dense.kernel = like(layer.kernel, matrix)
-        return dense
-    dense = nnx.Linear(
-        *matrix.shape, use_bias=layer.bias is not None, dtype=layer.dtype, param_dtype=matrix.dtype, rngs=nnx.Rngs(0)
-    )  # fmt: skip
-    dense.kernel = like(getattr(layer, layer.FACTORS[0]), matrix)
-    if layer.bias is not None:
-        dense.bias = layer.bias.copy()
+        kernel = like(layer.kernel, matrix)
+    else:
+        dense = nnx.Linear(
+            *matrix.shape, use_bias=layer.bias is not None, dtype=layer.dtype, param_dtype=matrix.dtype,
+            rngs=nnx.Rngs(0),
+        )  # fmt: skip
+        kernel = like(next(iter(factors.values())), matrix)
+        if layer.bias is not None:
+            dense.bias = layer.bias.copy()
+    dense.kernel = kernels.setdefault((*map(id, factors.values()), matrix.shape), kernel)
     return dense
 
 
@@ -331,19 +393,21 @@ class _Observed(nnx.Module):
 
 
 def _activations(
-    model: nnx.Module, found: Mapping[str, Any], calibration: Iterable[Any]
+    model: nnx.Module, found: Mapping[str, Any], tied: list[list[str]], calibration: Iterable[Any]
 ) -> dict[str, np.ndarray]:
-    """The root mean square of each input of each layer, as a column; a dead input counts a little."""
+    """The root mean square of each input of each kernel, as a column; a dead input counts a little."""
     watched = _copy_with(model, {path: _Observed(nnx.clone(linear)) for path, linear in found.items()})
     watched.eval()
-    run = nnx.jit(lambda model, batch: model(batch))
+    run = nnx.jit(lambda model, *batch: model(*batch))
     for batch in calibration:
-        run(watched, batch)
-    weights = {}
-    for path, m in _modules(watched, _Observed).items():
-        count = float(m.count[...])
+        run(watched, *(batch if isinstance(batch, tuple) else (batch,)))
+    observed, weights = _modules(watched, _Observed), {}
+    for paths in tied:
+        path, count = paths[0], sum(float(observed[p].count[...]) for p in paths)
         if not count:
             raise ValueError(f"{path}: got no activations from the calibration batches")
-        rms = np.sqrt(np.asarray(m.squares[...], np.float64) / count)
+        rms = np.sqrt(sum(np.asarray(observed[p].squares[...], np.float64) for p in paths) / count)
+        if not np.isfinite(rms).all():
+            raise ValueError(f"{path}: got activations with NaN or infinity, expected finite numbers")
         weights[path] = np.maximum(rms, 1e-3 * rms.max() or 1.0)[:, None]
     return weights

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 class LayerReport:
     """What became of one layer.
 
-    path: of the layer in the network, with dots. rank, blocks: as in the layer's class.
+    path: of the layer in the network, with dots; of the first, where layers share a kernel.
+    method: as given to `compress`, or "dense" for a layer that stayed as it was.
+    rank, blocks: as in the layer's class; of a dense one the full rank, and 1.
     parameters, dense_parameters: of the matrix, which takes two operations a token for each of them.
     bytes, dense_bytes: that the matrix takes.
     relative_error: of the matrix, in the Frobenius norm; of a data-aware compression, weighted by the activations.
