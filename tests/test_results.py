@@ -37,15 +37,18 @@ LEAST_OF_NTT = {
 
 # What `compile --rivals` puts before the name of another program for the same call.
 BY = ", by "
-# How many times our cycles XLA's product with the dense matrix takes at least, with 1024 tokens and bfloat16. Layers of
-# 16 blocks and half of the parameters are the hardest.
+# How many times our cycles XLA's product with the dense matrix takes at least, with 1024 tokens and bfloat16: of every
+# layer, of which those of 16 blocks and half of the parameters are the hardest, and of two.
 LEAST_BESIDE_DENSE = {
-    ("v5e", "monarch_matmul"): 1.7,
-    ("v5e", "blast_matmul"): 1.55,
-    ("v5e", "low_rank_matmul"): 1.7,
-    ("v6e", "monarch_matmul"): 1.64,
-    ("v6e", "blast_matmul"): 1.29,
-    ("v6e", "low_rank_matmul"): 1.57,
+    ("v5e", "monarch_matmul", ""): 1.7,
+    ("v5e", "monarch_matmul", "Llama-7B qkvo"): 2,
+    ("v5e", "blast_matmul", ""): 1.55,
+    ("v5e", "low_rank_matmul", ""): 1.7,
+    ("v6e", "monarch_matmul", ""): 1.64,
+    ("v6e", "monarch_matmul", "Llama-7B qkvo"): 2,
+    ("v6e", "monarch_matmul", "GPT-2 c_fc"): 2.7,
+    ("v6e", "blast_matmul", ""): 1.29,
+    ("v6e", "low_rank_matmul", ""): 1.57,
 }
 
 # Of the vector units' peak, counting padded work, with 13x13 kernels: by the size of images whose channels fill the
@@ -111,16 +114,17 @@ def test_transforms_use_the_matrix_units(target: str, case: str, direction: str)
     assert int(row["padded"].removesuffix("%")) >= LEAST_OF_NTT[target, case]
 
 
-@pytest.mark.parametrize(("target", "operator"), LEAST_BESIDE_DENSE)
-def test_structured_products_beat_dense_ones(target: str, operator: str) -> None:
+@pytest.mark.parametrize(("target", "operator", "layer"), LEAST_BESIDE_DENSE)
+def test_structured_products_beat_dense_ones(target: str, operator: str, layer: str) -> None:
     ratios = [
         float(row["note"].removesuffix(" times ours"))
         for row in rows("tpu/results/blr.csv")
         if row["target"] == target
-        and re.fullmatch(rf"{operator} .* N1024 .*{BY}XLA, dense", row["call"])
+        and re.fullmatch(rf"{operator} {layer}.* N1024 .*{BY}XLA, dense", row["call"])
         and row["note"].endswith(" times ours")
     ]
-    assert len(ratios) >= 8 and min(ratios) >= LEAST_BESIDE_DENSE[target, operator]
+    assert len(ratios) >= (1 if layer else 8)
+    assert min(ratios) >= LEAST_BESIDE_DENSE[target, operator, layer]
 
 
 @pytest.mark.parametrize("target", LEAST_OF_CONVOLUTION)
