@@ -245,12 +245,6 @@ class Strips(NamedTuple):
         return self.gather.window(self.size)[1] if self.count > 1 else self.gather.sources
 
     @property
-    def starts(self) -> list[int]:
-        """The first source of each strip; out of range where a strip reads padding."""
-        first, step = self.first, self.step
-        return [first + i * step for i in range(self.count)]
-
-    @property
     def first(self) -> int:
         """The first source of the first strip."""
         return self.gather.window(self.size)[0] if self.count > 1 else 0
@@ -295,7 +289,11 @@ class Strips(NamedTuple):
         """(N, H, sources, C) -> (strips * N, H, sources of a strip, C), zeros where a strip reads padding."""
         if self.count == 1:
             return x
-        first, last = self.starts[0], self.starts[-1]
-        edges = [(0, 0, 0), (0, 0, 0), (-first, last + self.window - x.shape[2], 0), (0, 0, 0)]
-        x = lax.pad(x, jnp.zeros((), x.dtype), edges)
-        return jnp.concatenate([x[:, :, start - first :][:, :, : self.window] for start in self.starts])
+        n, height, sources, channels = x.shape
+        # How many steps a window reaches over: slices for every strip would be code that grows with the image.
+        reach = -(-self.window // self.step)
+        steps = self.count + reach - 1
+        edges = [(0, 0, 0), (0, 0, 0), (-self.first, steps * self.step - sources + self.first, 0), (0, 0, 0)]
+        x = lax.pad(x, jnp.zeros((), x.dtype), edges).reshape(n, height, steps, self.step, channels)
+        windows = jnp.concatenate([x[:, :, i : i + self.count] for i in range(reach)], 3)
+        return jnp.moveaxis(windows[:, :, :, : self.window], 2, 0).reshape(-1, height, self.window, channels)

@@ -235,6 +235,14 @@ def test_gpu_code_does_not_grow_with_the_image(stride: int) -> None:
     assert products(4 * 112) <= 1.1 * products(2 * 112)
 
 
+def test_long_sequences_are_not_cut_slice_by_slice() -> None:
+    def equations(length: int) -> int:
+        axes, x, w, g = arrays((1, 1, length, 32), (1, 4), 1)
+        return str(jax.make_jaxpr(functools.partial(results, gpu, axes))(x, w, g)).count(" = ")
+
+    assert equations(1 << 16) <= 1.1 * equations(1 << 12)
+
+
 def planned(shape: tuple[int, ...], kernel: int, gradient: bool) -> tpu.Plan:
     """What the launch of a convolution that keeps the image's size goes by, in float32."""
     n, *sizes, c = shape
