@@ -43,6 +43,11 @@ class Contestant(NamedTuple):
 Prepare = Callable[[Sequence[np.ndarray], np.ndarray], Contestant]
 
 
+def cpus() -> int:
+    """How many CPUs this process may run on; `taskset` makes them fewer, and XLA's threads too."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def versioned(package: str, how: str) -> str:
     """What tables call a package's implementation: its version and how it runs, or that it isn't installed."""
     try:
@@ -103,7 +108,7 @@ def of_torch(
     back: Callable[[np.ndarray, int], np.ndarray] = lambda a, i: a,
     memory_format: str = "contiguous_format",
 ) -> Prepare | None:
-    """A function of a case's arguments as PyTorch's tensors, on all CPUs or the GPU; None without PyTorch.
+    """A function of a case's arguments as PyTorch's tensors, on the GPU or all `cpus`; None without PyTorch.
 
     Args:
       place: an argument, or the cotangent, as the tensor's array: what that costs is not timed. `i` counts the
@@ -116,7 +121,7 @@ def of_torch(
     except ImportError:
         return None
     device = torch.device("cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(cpus())
 
     def tensor(a: np.ndarray) -> Any:
         # PyTorch doesn't know NumPy's bfloat16.

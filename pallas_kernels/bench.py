@@ -11,7 +11,6 @@ import ctypes
 import gc
 import math
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import operators, testing
-from pallas_kernels.baselines import Contestant, of_jax
+from pallas_kernels.baselines import Contestant, cpus, of_jax
 from pallas_kernels.operators import Case, Operator
 from pallas_kernels.progress import Progress
 
@@ -94,8 +93,8 @@ def run(names: list[str], *, out: str | None = None, only: str | None = None, ap
     jobs = operators.named(((known[n], c) for n in names for c in known[n].bench_cases()), only)
     if out:  # what can't be written is said before anything is timed
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).touch()
-    device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPUs"
+        Path(out).open("ab").close()
+    device = f"{jax.devices()[0].device_kind}, {cpus()} CPU{'s' * (cpus() > 1)}"
     print(f"jax {jax.__version__} on {device}; times in ms: median [quartiles]", flush=True)
     timings: list[Timing] = []
     with Progress(len(jobs), "bench") as progress:

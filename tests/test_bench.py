@@ -2,9 +2,11 @@
 
 import csv
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +71,7 @@ def test_what_is_wrong_is_not_timed(capsys: pytest.CaptureFixture[str], tmp_path
         assert rows[what, "wrong"]["note"].startswith("wrong: result differs")
         assert rows[what, "wrong gradient"]["note"] == "can't run this"
     captured = capsys.readouterr()
-    assert "CPUs; times in ms" in captured.out and "the same" in captured.out
+    assert "; times in ms" in captured.out and "the same" in captured.out
     assert "bench" in captured.err and "bench" not in captured.out
 
 
@@ -177,6 +179,28 @@ def test_what_cannot_be_written_is_not_timed(monkeypatch: pytest.MonkeyPatch, tm
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError):
         bench.run(["scaled"], out=str(tmp_path / "file" / "times.csv"))
+
+
+def test_a_folder_is_no_file_for_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench, "time_case", None)
+    with pytest.raises(IsADirectoryError):
+        bench.run(["scaled"], out=str(tmp_path))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity here")
+def test_threads_are_as_many_as_the_process_may_use(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    torch = mock.MagicMock()
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(bench, "time_case", lambda *_: [])
+    for count, shown in ((1, ", 1 CPU;"), (3, ", 3 CPUs;")):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, count=count: set(range(count)))
+        assert baselines_of.of_torch(scaled, SCALED.bench_cases()[0])
+        torch.set_num_threads.assert_called_with(count)
+        assert bench.run(["scaled"], only="by") == 0
+        assert shown in capsys.readouterr().out
 
 
 def test_a_missing_matplotlib_is_said_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -86,6 +87,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_of_a_command_shows_examples_and_flags(capsys: pytest.CaptureFixture[str], name: str) -> None:
     assert cli.main([name, "--help"]) == 0
     out = capsys.readouterr().out
+    assert cli.main(["help", name]) == 0
+    assert capsys.readouterr().out == out
     assert f"\nExample:\n  pallas-kernels {name}" in out
     assert all(f"\n  --{flag}" in out for _, flag, _, _ in cli.COMMANDS[name].flags)
 
@@ -110,6 +113,47 @@ def test_mistakes_take_one_line(capsys: pytest.CaptureFixture[str], argv: list[s
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == f"pallas-kernels: {message}\n"
+
+
+def test_help_says_how_to_turn_off_what_is_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compile", "--help"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "turns it off" in line)
+    assert line.startswith("  --estimate ") and line.endswith(" (default; --noestimate turns it off)")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (AssertionError(), "JAX finds no device for JAX_PLATFORMS=cuda"),
+        (RuntimeError("Unable to initialize\n'foo'"), "Unable to initialize 'foo'"),
+    ],
+)
+def test_missing_devices_take_one_line(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    error: Exception,
+    message: str,
+) -> None:
+    def devices() -> None:
+        raise error
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(jax, "devices", devices)
+    assert cli.main([name]) == 2
+    assert capsys.readouterr() == ("", f"pallas-kernels: {message}\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platforms", ["cuda", "nowhere"])
+def test_platforms_that_jax_does_not_find(platforms: str) -> None:
+    where = os.environ | {"JAX_PLATFORMS": platforms, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pallas_kernels.cli", "info"]
+    done = subprocess.run(command, env=where, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("pallas-kernels: ") and platforms in last and "Traceback" not in done.stderr
 
 
 def test_missing_compiler_takes_one_line(
@@ -189,6 +233,29 @@ def test_demo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert cli.main(["demo", "vision"]) == 0
     assert cli.main(["demo", "vision", "--out", "x.png"]) == 0
     assert capsys.readouterr().out == "a picture in vision.png\na picture in x.png\n"
+
+
+@pytest.mark.parametrize(
+    ("gap", "changed", "status", "message"),
+    [
+        (2e-5, 0, 0, ""),
+        (3e-5, 0, 1, "merging moved a logit by 3.0e-05, where 2e-05 may be, and changed 0 predictions"),
+        (float("nan"), 0, 1, "merging moved a logit by nan, where 2e-05 may be, and changed 0 predictions"),
+        (1e-6, 2, 1, "merging moved a logit by 1.0e-06, where 2e-05 may be, and changed 2 predictions"),
+    ],
+)
+def test_a_demo_that_does_not_keep_its_promise_fails(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    gap: float,
+    changed: int,
+    status: int,
+    message: str,
+) -> None:
+    result = vision.Result(0.5, 0.5, gap, changed, 2, 1, 0.5, 0.5, 1.0, Path("x.png"))
+    monkeypatch.setattr(vision, "run", lambda: result)
+    assert cli.main(["demo", "vision"]) == status
+    assert capsys.readouterr() == (f"{result}\n", f"pallas-kernels: {message}\n" if message else "")
 
 
 def test_demo_without_its_packages(

@@ -1,13 +1,16 @@
 """What is installed: from a wheel, plainly and editably, seen from the checkout and from elsewhere."""
 
+import ast
+import re
 import shutil
 import site
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,14 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 FILES = ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff")
 FOLDERS = ("models", "ports", "tpu", "gpu")
+# What brings a module that isn't called like its distribution; SciPy comes with JAX.
+BRINGS = {
+    "absl": "absl-py",
+    "flint": "python-flint",
+    "jax_triton": "jax-triton",
+    "scipy": "jax",
+    "sklearn": "scikit-learn",
+}
 IMPORT_ALL = """
 import importlib, pkgutil
 import pallas_kernels
@@ -76,6 +87,36 @@ def environment(folder: Path, *installed: str | Path) -> Path:
 
 def modules(paths: Sequence[Path], root: Path) -> set[str]:
     return {str(path.relative_to(root)) for path in paths}
+
+
+def imports(node: ast.AST, optional: bool = False) -> Iterator[tuple[str, bool]]:
+    """Modules at the top, and whether one can do without them: they are imported in a function, or tried."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from ((alias.name.partition(".")[0], optional) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom) and not child.level:
+            yield (child.module or "").partition(".")[0], optional
+        else:
+            yield from imports(child, optional or isinstance(child, ast.FunctionDef | ast.Try))
+
+
+def test_what_is_imported_is_depended_on() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [requirement for some in project["optional-dependencies"].values() for requirement in some]
+    required, optional = (
+        {re.split(r"[^\w-]", requirement)[0] for requirement in some}
+        for some in (project["dependencies"], project["dependencies"] + extras)
+    )
+    sources = [p for folder in ("pallas_kernels", *FOLDERS) for p in (ROOT / folder).rglob("*.py")]
+    found = {(name, lazy, path) for path in sources for name, lazy in imports(ast.parse(path.read_text()))}
+    assert {"jax", "flax", "numpy", "absl", "optax", "triton"} <= {name for name, _, _ in found}
+    ours = {*sys.stdlib_module_names, "pallas_kernels"}
+    missing = {
+        (name, str(path.relative_to(ROOT)))
+        for name, lazy, path in found
+        if name not in ours and BRINGS.get(name, name) not in (optional if lazy else required)
+    }
+    assert not missing
 
 
 def test_the_wheel_holds_one_package_with_all_modules(wheel: Path) -> None:

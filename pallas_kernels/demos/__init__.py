@@ -1,8 +1,32 @@
-"""The demonstrations behind `pallas-kernels demo`, and the scans of digits that all of them learn from."""
+"""The demonstrations behind `pallas-kernels demo`; the scans of digits that they learn from, and where they draw."""
 
+import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+
+class NoPicture(ValueError):
+    """A picture can't be written as its name asks for."""
+
+
+def picture(out: str | Path) -> Path:
+    """The path of a picture, when it is sure that it can be written; training takes minutes, and comes after this.
+
+    Raises:
+      NoPicture: matplotlib doesn't write what the name ends in.
+      OSError: the folder isn't there, or the file can't be written.
+    """
+    from matplotlib.figure import Figure
+
+    path = Path(out)
+    try:
+        Figure().savefig(io.BytesIO(), format=path.suffix[1:])
+    except ValueError as error:
+        raise NoPicture(f"{path}: {error}") from None
+    path.open("ab").close()
+    return path
 
 
 def handwritten_digits(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from flax import nnx
 
 from pallas_kernels.compress import compress
 from pallas_kernels.compress.report import table
-from pallas_kernels.demos import handwritten_digits
+from pallas_kernels.demos import handwritten_digits, picture
 from pallas_kernels.models.vit import VisionTransformer
 from pallas_kernels.progress import Progress
 
@@ -81,7 +81,7 @@ def run(
     """Train on scikit-learn's 1797 scans of handwritten digits, compress to a half and a quarter, fine-tune, draw.
 
     Args:
-      out: the PNG to write.
+      out: the picture to write, in the format that its name ends in.
       epochs: passes over the training scans; None takes 15, which is enough.
       tuning: passes of each fine-tuning; None takes 8.
       seed: of the split, the initial parameters and the order of the scans.
@@ -91,9 +91,11 @@ def run(
 
     Raises:
       ModuleNotFoundError: scikit-learn, matplotlib or optax is not installed.
+      demos.NoPicture, OSError: `out` can't be written; nothing was trained.
     """
     start = time.monotonic()
     x, x_test, y, y_test = handwritten_digits(seed)
+    figure = picture(out)
     x, test = x.reshape(-1, 8, 8, 1), (x_test.reshape(-1, 8, 8, 1), y_test)
     train, valid = (x[:-VALIDATION], y[:-VALIDATION]), (x[-VALIDATION:], y[-VALIDATION:])
     steps = len(train[0]) // BATCH
@@ -126,7 +128,7 @@ def run(
             rows.append(
                 Row(method, ratio, _count(best), flops, error, *accuracies, rate, _time(best, test[0]))
             )
-    result = Result(tuple(rows), time.monotonic() - start, Path(out))
+    result = Result(tuple(rows), time.monotonic() - start, figure)
     _draw(result)
     return result
 

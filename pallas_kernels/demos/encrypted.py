@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.demos import handwritten_digits
+from pallas_kernels.demos import handwritten_digits, picture
 from pallas_kernels.he import ckks
 from pallas_kernels.progress import Progress
 
@@ -79,7 +79,7 @@ def run(out: str | Path = "encrypted.png", *, deep: bool = False, images: int = 
     """Train on scikit-learn's scans of handwritten digits, encrypt others, classify these, decrypt the logits.
 
     Args:
-      out: the PNG to write.
+      out: the picture to write, in the format that its name ends in.
       deep: two layers with a square between them, not one.
       images: how many to encrypt; 64 share a ciphertext.
       seed: of the split and the initial weights. Keys and noise are the operating system's.
@@ -89,9 +89,11 @@ def run(out: str | Path = "encrypted.png", *, deep: bool = False, images: int = 
 
     Raises:
       ModuleNotFoundError: scikit-learn, matplotlib or optax is not installed.
+      demos.NoPicture, OSError: `out` can't be written; nothing was trained.
     """
     start = time.monotonic()
     x_train, x_test, y_train, y_test = handwritten_digits(seed)
+    figure = picture(out)
     x_test, y_test = x_test[:images], y_test[:images]
 
     parameters = ckks.parameters(N, depth=3 if deep else 1)
@@ -135,7 +137,7 @@ def run(out: str | Path = "encrypted.png", *, deep: bool = False, images: int = 
         layers=len(layers),
         seconds_each=spent / len(x_test),
         seconds=time.monotonic() - start,
-        figure=Path(out),
+        figure=figure,
     )
     _draw(result, x_test.reshape(-1, 8, 8))
     return result

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pallas_kernels.demos import handwritten_digits
+from pallas_kernels.demos import handwritten_digits, picture
 from pallas_kernels.models.sequence import SequenceClassifier
 from pallas_kernels.nn import SGConv
 from pallas_kernels.progress import Progress
@@ -58,7 +58,7 @@ def run(out: str | Path = "sequence.png", *, steps: int = 400, epochs: int = 12,
     """Train on a symbol to remember, with long and with short kernels, and on scikit-learn's digits; draw the kernels.
 
     Args:
-      out: the PNG to write.
+      out: the picture to write, in the format that its name ends in.
       steps: of training to remember, each with 64 fresh sequences.
       epochs: passes over the training scans of digits.
       seed: of the data, the split and the initial parameters.
@@ -68,9 +68,11 @@ def run(out: str | Path = "sequence.png", *, steps: int = 400, epochs: int = 12,
 
     Raises:
       ModuleNotFoundError: scikit-learn, matplotlib or optax is not installed.
+      demos.NoPicture, OSError: `out` can't be written; nothing was trained.
     """
     start = time.monotonic()
     x_train, x_test, y_train, y_test = handwritten_digits(seed)
+    figure = picture(out)
     x_train, x_test = x_train[..., None], x_test[..., None]
     scan_steps = epochs * (len(x_train) // BATCH)
 
@@ -92,7 +94,7 @@ def run(out: str | Path = "sequence.png", *, steps: int = 400, epochs: int = 12,
         batches = _shuffled(random, x_train, y_train, scan_steps)
         curves["digits"] = _train(reader, batches, 4e-3, scan_steps, (x_test, y_test), progress, "digits")
     long, short = (curves[name][-1][1] for name in models)
-    result = Result(long, short, curves["digits"][-1][1], time.monotonic() - start, Path(out))
+    result = Result(long, short, curves["digits"][-1][1], time.monotonic() - start, figure)
     _draw(result, models["long kernels"], curves)
     return result
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pallas_kernels.demos import handwritten_digits
+from pallas_kernels.demos import handwritten_digits, picture
 from pallas_kernels.models.unireplknet import UniRepLKNet, merge
 from pallas_kernels.progress import Progress
 
@@ -19,6 +19,7 @@ LARGE, SMALL = 13, 3
 SIZE = 48  # The scans are 8 x 8; enlarged so, the stages of the network see 12 x 12 and 6 x 6.
 SHIFT = 4  # Training images are moved by up to this many pixels.
 BATCH = 64
+GAP = 2e-5  # The most that merging may move a logit by.
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,16 @@ class Result:
     seconds: float
     figure: Path
 
+    @property
+    def problem(self) -> str:
+        """What merging did that it must not do; empty if it did nothing."""
+        if self.merge_gap <= GAP and not self.changed:
+            return ""
+        return (
+            f"merging moved a logit by {self.merge_gap:.1e}, where {GAP:.0e} may be, "
+            f"and changed {self.changed} predictions"
+        )
+
     def __str__(self) -> str:
         return (
             f"{self.accuracy:.1%} of the held-out digits are right with {LARGE}x{LARGE} kernels, "
@@ -65,8 +76,8 @@ def run(out: str | Path = "vision.png", *, epochs: int | None = None, seed: int 
     Two networks are trained alike, one with 13 x 13 kernels and one with 3 x 3.
 
     Args:
-      out: the PNG to write.
-      epochs: passes over the training scans; None takes 12, which is enough.
+      out: the picture to write, in the format that its name ends in.
+      epochs: passes over the training scans; None takes 12, after which at least 97 % of the held-out scans are right.
       seed: of the split, the initial parameters and the order of the scans.
 
     Returns:
@@ -74,9 +85,11 @@ def run(out: str | Path = "vision.png", *, epochs: int | None = None, seed: int 
 
     Raises:
       ModuleNotFoundError: scikit-learn, matplotlib or optax is not installed.
+      demos.NoPicture, OSError: `out` can't be written; nothing was trained.
     """
     start = time.monotonic()
     x_train, scans, y_train, y_test = handwritten_digits(seed)
+    figure = picture(out)
     x_train, x_test = (np.asarray(_enlarge(x)) for x in (x_train, scans))
 
     networks, losses = {}, {}
@@ -101,7 +114,7 @@ def run(out: str | Path = "vision.png", *, epochs: int | None = None, seed: int 
         reach=_reach(fields[LARGE]),
         small_reach=_reach(fields[SMALL]),
         seconds=time.monotonic() - start,
-        figure=Path(out),
+        figure=figure,
     )
     _draw(result, scans.reshape(-1, 8, 8), y_test, merged_logits.argmax(-1), losses, fields)
     return result
@@ -158,7 +171,9 @@ def _move(image: jax.Array, shift: jax.Array) -> jax.Array:
 
 
 def _predict(model: UniRepLKNet, x: np.ndarray) -> np.ndarray:
-    return np.asarray(nnx.jit(lambda model, x: model(x))(model, x))
+    """Logits, at the highest precision: by default accelerators round more away than merging may change."""
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(nnx.jit(lambda model, x: model(x))(model, x))
 
 
 def _receptive_field(model: UniRepLKNet, x: np.ndarray) -> np.ndarray:

@@ -37,7 +37,8 @@ def low_rank_matmul(
 
     Args:
       x: (..., p); float32, bfloat16, float16, or float64 (XLA only).
-      u: (r, q); any of these dtypes, or int8.
+      u: (r, q); any of these dtypes, or int8. A rank r above min(p, q) is allowed, and gains
+        nothing: no matrix of these sides has a higher one.
       v: (r, p), as u.
       scale: (r,), s, of floating-point numbers: what int8 weights are to be multiplied by. None: ones.
       implementation: None, "xla" or "pallas"; see `pallas_kernels.dispatch`.
