@@ -49,8 +49,8 @@ class UniRepLKNet(nnx.Module):
     Returns (of a call): logits (N, num_classes) for images (N, H, W, in_channels); of a backbone, `features`.
 
     Raises:
-      ValueError: depths, dims and kernel_sizes of different lengths; a kernel size without a table of
-        branches; from a call, images of another shape.
+      ValueError: depths, dims and kernel_sizes of different lengths; a kernel size that is even or less than 3, or
+        has no table of branches; from a call, images of another shape.
 
     Example:
       >>> import jax.numpy as jnp
@@ -84,6 +84,9 @@ class UniRepLKNet(nnx.Module):
             raise ValueError(
                 f"got {depths=}, {dims=}, {kernel_sizes=}, expected the same number of stages in each"
             )
+        patterns = [tuple(k) if np.iterable(k) else (k,) for k in kernel_sizes]
+        if not all(p and all(map(_is_kernel_size, p)) for p in patterns):
+            raise ValueError(f"got {kernel_sizes=}, expected odd ints, 3 or more, for every stage")
         self.in_channels = in_channels
         self.num_classes = num_classes
 
@@ -106,7 +109,7 @@ class UniRepLKNet(nnx.Module):
         self.stages = nnx.data(
             [
                 [block(dim, kernels[j % len(kernels)], drop_path=next(rates)) for j in range(depth)]
-                for depth, dim, kernels in zip(depths, dims, map(_pattern, kernel_sizes), strict=True)
+                for depth, dim, kernels in zip(depths, dims, patterns, strict=True)
             ]
         )
         if num_classes is None:
@@ -230,8 +233,8 @@ def _merge_block(block: Any) -> None:
     block.norm = block.grn.beta = block.norm2 = block.layer_scale = block.drop_path = None
 
 
-def _pattern(kernel_sizes: int | Sequence[int]) -> Sequence[int]:
-    return (kernel_sizes,) if isinstance(kernel_sizes, int) else kernel_sizes
+def _is_kernel_size(k: Any) -> bool:
+    return isinstance(k, int | np.integer) and bool(k % 2 == 1 and k >= 3)
 
 
 def _gelu(x: jax.Array) -> jax.Array:

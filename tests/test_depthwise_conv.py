@@ -17,10 +17,14 @@ import pallas_kernels as pk
 from pallas_kernels import aot, lowering, testing
 from pallas_kernels.aot._programs import described
 from pallas_kernels.ops.depthwise_conv import OPERATOR, reference
+from pallas_kernels.tpu import depthwise_conv as tpu
 
 CASES = OPERATOR.parity_cases()
 # What takes more than a few seconds to compile when it is interpreted, and what others cover nearly as well.
 SLOW = {"K13x13", "K5x5", "K7x3", "K11x1", "K61x61", "57x5", "dilation=5", "dilation=2", "33"}
+# Sizes of kernels and images, in layouts that others have.
+SWEEP = {"9x5", "14x2", "2x15", "16x1", "dilation=7"}
+MARKS = (SLOW, pytest.mark.slow), (SWEEP, pytest.mark.sweep)
 KERNELS = {"tpu": "tpu_custom_call", "cuda": "__gpu$xla.gpu.triton"}
 
 
@@ -64,7 +68,7 @@ def results(i):
 @pytest.mark.parametrize(
     "i",
     [
-        pytest.param(i, id=case.name, marks=[pytest.mark.slow] * bool(SLOW & set(case.name.split())))
+        pytest.param(i, id=case.name, marks=[m for words, m in MARKS if words & set(case.name.split())])
         for i, case in enumerate(CASES)
     ],
 )
@@ -274,10 +278,19 @@ def test_float32_has_its_kernel_where_float64_is_enabled(shapes, platform):
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
-def test_float64_is_left_to_xla(platform):
+@pytest.mark.parametrize("wide", ["x w bias", "x", "w", "bias"])
+def test_float64_is_left_to_xla(wide, platform):
+    """Whichever of the arrays it is; results and gradients have the dtype of what they belong to."""
+    dtypes = ["float64" if name in wide.split() else "float32" for name in ("x", "w", "bias")]
+
+    def evaluate(x, w, bias):
+        y, vjp = jax.vjp(lambda x, w, bias: pk.depthwise_conv(x, w, bias=bias), x, w, bias)
+        return y, *vjp(y)
+
     with lowering.enable_x64():
-        text = lowered(gradients(pk.depthwise_conv), *structs(X, W, dtype=jnp.float64), platform=platform)
-    assert not kernels_in(text)
+        arrays = [jax.ShapeDtypeStruct(shape, d) for shape, d in zip((X, W, W[-1:]), dtypes, strict=True)]
+        assert [a.dtype for a in jax.eval_shape(evaluate, *arrays)] == [dtypes[0], *dtypes]
+        assert not kernels_in(lowered(evaluate, *arrays, platform=platform))
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
@@ -403,21 +416,41 @@ def test_a_backward_pass_runs_as_its_forward_pass_did(random):
 
 
 @pytest.mark.slow
-def test_programs_of_a_grid_do_not_race(random):
-    x, w = normal(random, 9, 5, 6, 130), normal(random, 3, 3, 130)
+@pytest.mark.parametrize(
+    ("x", "kernel", "fold", "planned"),
+    [
+        ((9, 5, 6, 130), (3, 3), 1, {"lanes": {2}, "steps": {False}}),
+        ((16, 5, 5, 3), (1, 3), 1, {"blocks": {3, 5}, "groups": {1, 2}}),
+        ((6, 4, 3, 70), (3, 2), 2, {"lanes": {2}, "steps": {True}, "fold": {2}}),
+    ],
+    ids=["lanes", "blocks of rows, groups of images", "steps of folded images"],
+)
+def test_programs_of_a_grid_do_not_race(monkeypatch, x, kernel, fold, planned, random):
+    search, plans = tpu._plan, []
+
+    def plan(n, c, *args, **options):
+        plan = search(n, c, *args, **options)
+        assert plan is not None
+        plans.append(plan if fold == 1 else plan._replace(fold=fold, lanes=-(-fold * c // 128), steps=True))
+        return plans[-1]
+
+    monkeypatch.setattr(tpu, "_plan", plan)
+    x, w = normal(random, *x), normal(random, *kernel, x[-1])
     with testing.interpret("tpu", detect_races=True):
         y, vjp = jax.vjp(functools.partial(pk.depthwise_conv, implementation="pallas"), x, w)
         got = y, *vjp(y)
         jax.block_until_ready(got)
     expected, vjp = jax.vjp(reference, x, w)
     assert_close(got, (expected, *vjp(expected)))
+    chosen = [p._asdict() | {"blocks": p.blocks.count} for p in plans]
+    assert {name: {p[name] for p in chosen} for name in planned} == planned
 
 
 # Errors
 
 
-def call(x=X, w=W, bias=None, x_dtype="float32", w_dtype="float32", **options):
-    bias = None if bias is None else jnp.ones(bias)
+def call(x=X, w=W, bias=None, x_dtype="float32", w_dtype="float32", bias_dtype="float32", **options):
+    bias = None if bias is None else jnp.ones(bias, bias_dtype)
     return pk.depthwise_conv(jnp.ones(x, x_dtype), jnp.ones(w, w_dtype), bias=bias, **options)
 
 
@@ -437,6 +470,15 @@ def call(x=X, w=W, bias=None, x_dtype="float32", w_dtype="float32", **options):
         ({"strides": (1, -2)}, ValueError, ["strides", "positive int or 2 of them", "(1, -2)"]),
         ({"strides": (1, 2, 1)}, ValueError, ["strides", "positive int or 2 of them", "(1, 2, 1)"]),
         ({"strides": 1.5}, ValueError, ["strides", "positive int", "1.5"]),
+        ({"strides": float("nan")}, ValueError, ["strides", "positive int or 2 of them", "nan"]),
+        ({"strides": float("inf")}, ValueError, ["strides", "positive int or 2 of them", "inf"]),
+        ({"strides": True}, ValueError, ["strides", "positive int or 2 of them", "True"]),
+        ({"strides": np.True_}, ValueError, ["strides", "positive int or 2 of them", "True"]),
+        ({"strides": None}, ValueError, ["strides", "positive int or 2 of them", "None"]),
+        ({"strides": (1, None)}, ValueError, ["strides", "positive int or 2 of them", "(1, None)"]),
+        ({"strides": ((1, 2), 3)}, ValueError, ["strides", "positive int or 2 of them", "((1, 2), 3)"]),
+        ({"strides": "a"}, ValueError, ["strides", "positive int or 2 of them", "'a'"]),
+        ({"dilation": "2"}, ValueError, ["dilation", "positive int or 2 of them", "'2'"]),
         ({"dilation": -1}, ValueError, ["dilation", "positive int or 2 of them", "-1"]),
         ({"padding": "FULL"}, ValueError, ["'SAME'", "'FULL'"]),
         ({"padding": "CAUSAL"}, ValueError, ["one dimension only", "'CAUSAL'"]),
@@ -444,11 +486,36 @@ def call(x=X, w=W, bias=None, x_dtype="float32", w_dtype="float32", **options):
         ({"padding": ((1, 1, 1), (1, 1, 1))}, ValueError, ["2 (before, after) pairs", "(1, 1, 1)"]),
         ({"padding": (1, 1)}, ValueError, ["2 (before, after) pairs", "(1, 1)"]),
         ({"padding": None}, ValueError, ["2 (before, after) pairs", "None"]),
+        ({"padding": True}, ValueError, ["ints: one, or 2 (before, after) pairs", "True"]),
+        ({"padding": 1.0}, ValueError, ["ints: one, or 2 (before, after) pairs", "1.0"]),
+        (
+            {"padding": ((0.5, 0.9), (1, 1))},
+            ValueError,
+            ["ints: one, or 2 (before, after) pairs", "((0.5, 0.9), (1, 1))"],
+        ),
+        (
+            {"padding": ((None, 0), (1, 1))},
+            ValueError,
+            ["ints: one, or 2 (before, after) pairs", "((None, 0), (1, 1))"],
+        ),
+        (
+            {"padding": ((1, 1), (False, 1))},
+            ValueError,
+            ["ints: one, or 2 (before, after) pairs", "((1, 1), (False, 1))"],
+        ),
+        ({"precision": "foo"}, ValueError, ["Precision", "'highest'", "foo"]),
         ({"w": (7, 3, 3), "padding": "VALID"}, ValueError, ["empty", "(7, 3)", "(5, 6)"]),
         ({"padding": ((-3, -3), (0, 0))}, ValueError, ["empty", "(3, 3)", "(-3, -3)"]),
-        ({"x_dtype": "int32"}, TypeError, ["`x`", "floating-point", "int32"]),
-        ({"w_dtype": "int8"}, TypeError, ["`w`", "floating-point", "int8"]),
-        ({"x_dtype": "complex64"}, TypeError, ["`x`", "floating-point", "complex64"]),
+        ({"x_dtype": "int32"}, TypeError, ["`x`", "float16 or float64", "int32"]),
+        ({"w_dtype": "int8"}, TypeError, ["`w`", "float16 or float64", "int8"]),
+        ({"x_dtype": "complex64"}, TypeError, ["`x`", "float16 or float64", "complex64"]),
+        ({"x_dtype": "float8_e5m2"}, TypeError, ["`x`", "float16 or float64", "float8_e5m2"]),
+        ({"w_dtype": "float8_e4m3fn"}, TypeError, ["`w`", "float16 or float64", "float8_e4m3fn"]),
+        (
+            {"bias": (3,), "bias_dtype": "float8_e4m3fn"},
+            TypeError,
+            ["`bias`", "float16 or float64", "float8_e4m3fn"],
+        ),
         ({"bias": (4,)}, ValueError, ["bias", "(3,)", "(4,)"]),
         ({"bias": (1, 3)}, ValueError, ["bias", "(3,)", "(1, 3)"]),
         ({"implementation": "cudnn"}, ValueError, ["None, 'xla' or 'pallas'", "'cudnn'"]),
@@ -461,21 +528,48 @@ def test_bad_arguments_are_refused_when_traced(arguments, error, words):
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_things_that_are_not_arrays_are_refused():
-    with pytest.raises(TypeError, match=r"`x` must be a floating-point array, got .*list"):
-        pk.depthwise_conv([1.0], jnp.ones(W))  # pyright: ignore[reportArgumentType]
+@pytest.mark.parametrize(
+    ("name", "value", "got"),
+    [("x", [1.0], "list"), ("x", None, "NoneType"), ("w", None, "NoneType"), ("bias", 3, "int")],
+)
+def test_things_that_are_not_arrays_are_refused(name, value, got):
+    arguments = {"x": jnp.ones(X), "w": jnp.ones(W)} | {name: value}
+    with pytest.raises(TypeError, match=rf"`{name}` must be an array of .*, got .*{got}"):
+        pk.depthwise_conv(**arguments)
 
 
-def test_pallas_refuses_float64():
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"strides": np.int32(2), "dilation": np.int64(2), "padding": np.int8(2)},
+        {"strides": np.array([2, 2]), "dilation": [2, 2], "padding": np.array([[2, 2], [2, 2]])},
+        {"strides": 2, "dilation": 2, "padding": [(np.int64(2), 2), [2, 2]], "precision": "highest"},
+        {"strides": 2, "dilation": 2, "padding": 2, "precision": (lax.Precision.HIGH, lax.Precision.DEFAULT)},
+    ],
+    ids=str,
+)
+def test_ints_may_be_those_of_numpy_and_precisions_those_of_lax(options, random):
+    x, w = normal(random, *X), normal(random, *W)
+    expected = pk.depthwise_conv(x, w, strides=2, dilation=2, padding=2)
+    np.testing.assert_array_equal(pk.depthwise_conv(x, w, **options), expected)
+
+
+# One array of float64 among others is enough.
+each_float64 = pytest.mark.parametrize("wide", ["x_dtype", "w_dtype", "bias_dtype"])
+
+
+@each_float64
+def test_pallas_refuses_float64(wide):
     with lowering.enable_x64(), pytest.raises(NotImplementedError, match="no float64 arithmetic"):
-        jax.eval_shape(lambda: call(x_dtype="float64", implementation="pallas"))
+        jax.eval_shape(lambda: call(bias=(3,), implementation="pallas", **{wide: "float64"}))
 
 
+@each_float64
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_interpreted_pallas_refuses_float64(platform):
+def test_interpreted_pallas_refuses_float64(platform, wide):
     refused = pytest.raises(NotImplementedError, match=f"on {platform}.*no float64 arithmetic")
     with lowering.enable_x64(), testing.interpret(platform), refused:
-        jax.eval_shape(lambda: call(x_dtype="float64", implementation="pallas"))
+        jax.eval_shape(lambda: call(bias=(3,), implementation="pallas", **{wide: "float64"}))
 
 
 # The signature of lax
@@ -562,6 +656,15 @@ def test_conv_general_dilated_of_integers_is_that_of_lax(random):
         for f in (pk.conv_general_dilated, lax.conv_general_dilated)
     )
     assert got.dtype == jnp.int32 and (got == expected).all()
+
+
+def test_conv_general_dilated_of_float8_is_that_of_lax(random):
+    lhs, rhs = (normal(random, *s, dtype=jnp.float8_e4m3fn) for s in ((2, 6, 7, 8), (6, 1, 3, 3)))
+    got, expected = (
+        jax.make_jaxpr(lambda lhs, rhs: f(lhs, rhs, (1, 1), "SAME", feature_group_count=6))(lhs, rhs)  # noqa: B023
+        for f in (pk.conv_general_dilated, lax.conv_general_dilated)
+    )
+    assert str(got) == str(expected)
 
 
 def test_nnx_conv_takes_the_kernel(random):

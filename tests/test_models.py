@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 import types
 import warnings
 from typing import Any
@@ -201,6 +202,33 @@ def test_merge_changes_nothing(random, bits, tolerance):
         jax.tree.map(np.testing.assert_array_equal, before, nnx.state(model))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_merge_of_a_published_size_changes_nothing(random, dtype):
+    """In bfloat16 but for rounding: it may be twice as far from the result in float32 as the network it is made of."""
+
+    def unireplknet_a(param_dtype) -> Any:
+        return nnx.eval_shape(
+            functools.partial(models.create, "unireplknet_a", param_dtype=param_dtype, rngs=KEYS)
+        )
+
+    model, wide = unireplknet_a(dtype), unireplknet_a(jnp.float32)
+    randomize(model, random)
+    nnx.update(wide, jax.tree.map(jnp.float32, nnx.state(model)))
+    x = jnp.asarray(random.normal(size=(1, 64, 64, 3)), dtype)
+    for network in (model, wide):
+        network.eval()
+    logits, merged = apply(model, x), apply(merge(model), x)
+    assert logits.dtype == merged.dtype == dtype
+    logits, merged, exact = (np.asarray(y, np.float64) for y in (logits, merged, apply(wide, jnp.float32(x))))
+    assert np.std(exact) > 0.3
+    if dtype == jnp.float32:
+        np.testing.assert_allclose(merged, logits, rtol=0, atol=2e-5 * np.max(np.abs(logits)))
+    else:
+        error, usual = (np.linalg.norm(y - exact) for y in (merged, logits))
+        assert error <= 2 * usual <= 2 * jnp.finfo(dtype).eps * np.linalg.norm(exact)
+
+
 def test_merge_of_bfloat16_rounds_once(random):
     model = small(random, param_dtype=jnp.bfloat16)
     merged = merge(model)
@@ -290,11 +318,21 @@ def test_bfloat16_computation(random):
 def test_bad_arguments(random):
     with pytest.raises(ValueError, match="same number of stages"):
         small(random, depths=(1, 1, 1))
-    with pytest.raises(ValueError, match="kernel_size=8, expected one of"):
-        small(random, kernel_sizes=(3, 8))
+    with pytest.raises(ValueError, match="kernel_size=19, expected one of"):
+        small(random, kernel_sizes=(3, 19))
     for shape in (1, 32, 32, 4), (32, 32, 3):
         with pytest.raises(ValueError, match=r"expected \(N, H, W, 3\)"):
             small(random).features(jnp.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "kernel_sizes", [(3, 1), (4, 3), (3, (7, 8)), (3, 3.0), (3, ()), (3, "13"), (3, -3)], ids=str
+)
+@pytest.mark.parametrize("deploy", [False, True])
+def test_bad_kernel_sizes(random, deploy, kernel_sizes):
+    words = re.escape(f"got {kernel_sizes=}, expected odd ints, 3 or more")
+    with pytest.raises(ValueError, match=words):
+        small(random, deploy=deploy, kernel_sizes=kernel_sizes)
 
 
 @pytest.mark.sweep

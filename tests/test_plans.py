@@ -1,15 +1,17 @@
 """Any legal plan gives the same numbers: what tuning changes must not change results."""
 
 import functools
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import testing
 from pallas_kernels.gpu import depthwise_conv as gpu
-from pallas_kernels.ops.depthwise_conv import reference
+from pallas_kernels.operators import Case
+from pallas_kernels.ops.depthwise_conv import OPERATOR, reference
 from pallas_kernels.tpu import _depthwise_conv_slabs as slabs
 from pallas_kernels.tpu import depthwise_conv as tpu
 from pallas_kernels.tpu.tiles import vmem_budget
@@ -294,3 +296,45 @@ def test_tpu_launches_read_images_as_they_lie(shape: tuple[int, ...], kernel: in
     """Copies by XLA would take longer than the kernels."""
     n, _, width, c = shape
     assert tpu._copy_cycles(n, c, width, planned(shape, kernel, gradient)) == 0
+
+
+def launched(case: Case) -> list[tpu.Plan]:
+    """The plans of a case's forward pass, input gradient and weight gradient, as the operator calls for them."""
+    plans: list[Any] = []
+
+    def choose(x: Any, rows: Gather, cols: Gather, *, gradient: bool) -> None:
+        itemsize = tpu._loadable(x.dtype).itemsize
+        plans.append(tpu._plan(len(x), x.shape[-1], itemsize, rows, cols, gradient=gradient))
+
+    def convolve(x: Any, w: Any, bias: Any, rows: Gather, cols: Gather, *, interpret: Any) -> Any:
+        choose(x, rows, cols, gradient=False)
+        return jnp.zeros((len(x), rows.targets, cols.targets, x.shape[-1]), x.dtype)
+
+    def weight_gradient(x: Any, g: Any, rows: Axis, cols: Axis, *, interpret: Any) -> Any:
+        choose(x, Gather(rows), Gather(cols), gradient=True)
+        return jnp.zeros((rows.kernel, cols.kernel, x.shape[-1]), jnp.float32)
+
+    def evaluate(*arrays: jax.Array) -> Any:
+        function = functools.partial(OPERATOR.function, implementation="pallas", **case.options)
+        y, vjp = jax.vjp(function, *arrays)
+        return vjp(y)
+
+    # Without jit, which would remember an equal call.
+    with pytest.MonkeyPatch.context() as patch, testing.interpret("tpu"), jax.disable_jit():
+        patch.setattr(tpu, "convolve", convolve)
+        patch.setattr(tpu, "weight_gradient", weight_gradient)
+        jax.eval_shape(evaluate, *case.arguments)
+    return plans
+
+
+@pytest.mark.sweep
+def test_parity_cases_take_every_layout_of_a_tpu() -> None:
+    passes = list(zip(*map(launched, OPERATOR.parity_cases()), strict=True))
+    assert len(passes) == 3
+    for plans in passes:
+        assert {p.places for p in plans} == set(get_args(slabs.Places))
+        assert {p.places for p in plans if p.blocks.count > 1} == set(get_args(slabs.Places))
+        assert {p.lanes > 1 for p in plans} == {p.steps and p.fold > 1 for p in plans} == {False, True}
+    *convolutions, weight_gradients = passes
+    assert all(any(p.streams for p in plans) for plans in convolutions)
+    assert any(p.groups > 1 for p in weight_gradients)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from pallas_kernels.windows import Axis, Gather
 
 Padding = str | int | Sequence[tuple[int, int]]
 Axes = tuple[Axis, Axis]
+DTYPES = "float32", "bfloat16", "float16", "float64"
 
 
 def depthwise_conv(
@@ -45,22 +47,22 @@ def depthwise_conv(
     Args:
       x: (N, L, C) or (N, H, W, C); float32, bfloat16, float16, or float64 (XLA only).
       w: (K, C) or (KH, KW, C), any of these dtypes. The kernel may be larger than the image.
-      strides: of the output, one for all axes or one each.
+      strides: of the output, an int for all axes or one each.
       padding: "SAME", "SAME_LOWER" or "VALID" as in `lax`; "CAUSAL" (one dimension: all before the first pixel); an
         int, or (before, after) per axis, in pixels, negative to crop.
-      dilation: distance between the taps of the kernel, in pixels.
-      bias: (C,), added before the result is rounded.
+      dilation: distance between the taps of the kernel, in pixels, an int for all axes or one each.
+      bias: (C,), any of these dtypes, added before the result is rounded.
       precision: for the sake of `lax`'s signature. There are no matrix products here: every implementation
-        multiplies and adds in float32 (float64 for float64).
+        multiplies and adds in float32 (float64 if x is).
       implementation: None, "xla" or "pallas"; see `pallas_kernels.dispatch`.
 
     Returns:
       (N, OL, C) or (N, OH, OW, C) in x's dtype. It can be differentiated in x, w and bias, to any order.
 
     Raises:
-      TypeError: an argument is not an array of floating-point numbers.
-      ValueError: ranks, channels or sizes don't fit, or the output would be empty.
-      NotImplementedError: `implementation="pallas"` can't run here.
+      TypeError: an argument is not an array of one of these dtypes.
+      ValueError: ranks, channels or sizes don't fit, the output would be empty, or an option is none of those above.
+      NotImplementedError: `implementation="pallas"` can't run here, or is given an array of float64.
 
     Example:
       >>> import jax.numpy as jnp
@@ -71,10 +73,16 @@ def depthwise_conv(
 
     Large kernels: Ding et al., "Scaling Up Your Kernels to 31x31", CVPR 2022 (arXiv:2203.06717).
     """
-    del precision
+    if precision is not None:
+        # `lax` refuses what is none of its own.
+        number = jax.ShapeDtypeStruct((1,), jnp.float32)
+        jax.eval_shape(functools.partial(lax.dot, precision=precision), number, number)
     choice = dispatch.choose(implementation)
     axes = _axes(x, w, strides, padding, dilation, bias)
     arrays = lowering.make_varying(*(jnp.asarray(a) for a in (x, w, bias) if a is not None))
+    if choice.implementation is None and _any_float64(arrays):
+        # And so do its gradients: that of w may be of an x and a cotangent that are narrower.
+        choice = choice._replace(implementation="xla")
     x, w, b = (*arrays, None)[:3]
     images, kernel = _as_images(x, w)
     # Taps that only ever read padding have no part in anything that follows.
@@ -100,8 +108,9 @@ def conv_general_dilated(
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated`, with depthwise convolutions done by `depthwise_conv`.
 
-    It takes those of one or two dimensions with one output a channel, floating-point operands of one dtype, and no
-    `lhs_dilation`; all others are `lax`'s. Arguments, result and errors are those of `lax`, newer options included.
+    It takes those of one or two dimensions with one output a channel, operands of one dtype that `depthwise_conv`
+    takes, and no `lhs_dilation`; all others are `lax`'s. Arguments, result and errors are those of `lax`, newer options
+    included.
 
     Example:
       >>> from flax import nnx
@@ -123,7 +132,7 @@ def conv_general_dilated(
         lhs.ndim in (3, 4)
         and batch_group_count == 1
         and all(d == 1 for d in lhs_dilation or ())
-        and jnp.issubdtype(lhs.dtype, jnp.floating)
+        and lhs.dtype.name in DTYPES
         and preferred_element_type in (None, lhs.dtype)
         and all(option is None for option in options.values())
         and expected.size > 0
@@ -233,8 +242,7 @@ _weight_gradient.defvjp(  # pyright: ignore[reportFunctionMemberAccess]
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def _run(kind: str, arrays: tuple[Any, ...], axes: Axes, choice: dispatch.Choice) -> jax.Array:
     """One jit for each kind, so that a network of equal layers holds one copy of the program."""
-    dtype = arrays[0].dtype
-    unsupported = f"it has no {dtype} arithmetic" if dtype == jnp.float64 else None
+    unsupported = "it has no float64 arithmetic" if _any_float64(arrays) else None
     implementations = {
         "convolve": (xla.forward, _on(tpu, transposed=False), _on(gpu, transposed=False)),
         "input_gradient": (
@@ -274,6 +282,10 @@ def _summed_on(accelerator: Any) -> Callable[..., jax.Array]:
     return launch
 
 
+def _any_float64(arrays: Sequence[jax.Array | None]) -> bool:
+    return any(a is not None and a.dtype == jnp.float64 for a in arrays)
+
+
 def _accumulator(x: jax.Array) -> Any:
     return jnp.promote_types(x.dtype, jnp.float32)
 
@@ -286,9 +298,11 @@ def _as_images(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _axes(x: Any, w: Any, strides: Any, padding: Padding, dilation: Any, bias: Any) -> Axes:
     """The geometry of rows and columns, once everything about the call has been found to fit."""
     for name, a in {"x": x, "w": w, "bias": bias}.items():
-        if a is not None and not (hasattr(a, "dtype") and jnp.issubdtype(a.dtype, jnp.floating)):
+        dtype = getattr(a, "dtype", None)
+        if getattr(dtype, "name", None) not in DTYPES and not (name == "bias" and a is None):
             raise TypeError(
-                f"depthwise_conv: `{name}` must be a floating-point array, got {getattr(a, 'dtype', type(a))}"
+                f"depthwise_conv: `{name}` must be an array of {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, "
+                f"got {dtype or type(a)}"
             )
     n = x.ndim - 2
     if n not in (1, 2):
@@ -318,31 +332,45 @@ def _axes(x: Any, w: Any, strides: Any, padding: Padding, dilation: Any, bias: A
 
 
 def _per_axis(name: str, value: Any, n: int) -> tuple[int, ...]:
-    values = (value,) * n if np.ndim(value) == 0 else tuple(value)
-    if len(values) != n or any(int(v) != v or v < 1 for v in values):
-        raise ValueError(f"depthwise_conv: `{name}` must be a positive int or {n} of them, got {value}")
-    return tuple(map(int, values))
+    values = _ints(value if np.iterable(value) else (value,) * n, n)
+    if values is None or min(values) < 1:
+        raise ValueError(f"depthwise_conv: `{name}` must be a positive int or {n} of them, got {value!r}")
+    return values
 
 
 def _pads(padding: Padding, size: Any, kernel: Any, strides: Any, dilation: Any) -> list[tuple[int, int]]:
     """(before, after) for every axis."""
     extent = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
-    if padding == "CAUSAL" and len(size) == 1:
-        return [(extent[0] - 1, 0)]
-    if padding in ("SAME", "SAME_LOWER", "VALID"):
-        return [(int(lo), int(hi)) for lo, hi in lax.padtype_to_pads(size, extent, strides, padding)]
-    if isinstance(padding, int | np.integer):
-        return [(int(padding), int(padding))] * len(size)
-    if not np.iterable(padding) or [np.shape(p) for p in padding] != [(2,)] * len(size):
+    if isinstance(padding, str):
+        if padding == "CAUSAL" and len(size) == 1:
+            return [(extent[0] - 1, 0)]
+        if padding in ("SAME", "SAME_LOWER", "VALID"):
+            return [(int(lo), int(hi)) for lo, hi in lax.padtype_to_pads(size, extent, strides, padding)]
+    each = list(padding) if np.iterable(padding) else [(padding, padding)] * len(size)
+    pads = [pad for p in each if (pad := _ints(p, 2))]
+    if not len(pads) == len(each) == len(size):
         raise ValueError(
-            "depthwise_conv: `padding` must be 'SAME', 'SAME_LOWER', 'VALID', 'CAUSAL' (one dimension only), an int, "
-            f"or {len(size)} (before, after) pairs, got {padding!r}"
+            "depthwise_conv: `padding` must be 'SAME', 'SAME_LOWER', 'VALID', 'CAUSAL' (one dimension only), or ints: "
+            f"one, or {len(size)} (before, after) pairs, got {padding!r}"
         )
-    return [(int(lo), int(hi)) for lo, hi in padding]
+    return [(lo, hi) for lo, hi in pads]
+
+
+def _ints(values: Any, n: int) -> tuple[int, ...] | None:
+    """`values` as n ints, if they are that: NumPy's are, a bool isn't."""
+    try:
+        values = tuple(values)
+        ints = tuple(map(operator.index, values))
+    except TypeError:
+        return None
+    return ints if len(ints) == n and not any(isinstance(v, bool) for v in values) else None
 
 
 def _parity_cases() -> list[Case]:
-    """Sizes 1, odd and larger than a tile; kernels larger than the image; bands; strides, dilations, paddings."""
+    """Sizes 1, odd and larger than a tile; kernels larger than the image; bands; strides, dilations, paddings.
+
+    Together they make a TPU's planner choose each of its layouts.
+    """
     f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
     return [
         _case((2, 5, 6, 3), (13, 13)),
@@ -361,6 +389,15 @@ def _parity_cases() -> list[Case]:
         _case((3, 70, 20), (4,), f32, padding="CAUSAL", bias=True),
         _case((1, 130, 3), (9,), bf16, dilation=2),
         _case((1, 33, 7), (5,), f32, strides=2, padding="SAME_LOWER"),
+        _case((16, 8, 3, 5), (2, 2), bf16),
+        _case((8, 4, 8, 128), (2, 2)),
+        _case((8, 8, 8, 8), (7, 7)),
+        _case((2, 9, 5, 3), (7, 7)),
+        _case((3, 9, 5, 20), (9, 17)),
+        _case((1, 14, 2, 3), (27, 15)),
+        _case((1, 2, 15, 20), (3, 29)),
+        _case((1, 16, 1, 40), (31, 31)),
+        _case((1, 15, 8, 3), (3, 2), f32, dilation=7),
     ]
 
 
