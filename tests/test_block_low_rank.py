@@ -19,7 +19,7 @@ from pallas_kernels.aot._programs import described, pallas_calls, work_of
 from pallas_kernels.blocks import Blocks, blast_work, monarch_work, powers_of_two
 from pallas_kernels.gpu import blast_matmul as gpu_blast
 from pallas_kernels.operators import operators
-from pallas_kernels.ops import blast_matmul, low_rank_matmul, monarch_matmul
+from pallas_kernels.ops import _block_low_rank, blast_matmul, low_rank_matmul, monarch_matmul
 from pallas_kernels.ops._block_low_rank import LAYERS
 from pallas_kernels.tpu import blast_matmul as tpu_blast
 from pallas_kernels.tpu import monarch_matmul as tpu_monarch
@@ -565,6 +565,23 @@ def test_rivals_do_the_same_job(random):
         factored, arguments = operator.rivals["XLA, factored"](case)
         assert arguments == case.arguments
         assert_close(factored(x, *factors), expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 37])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@each_operator
+def test_a_cpu_multiplies_many_blocks_at_once(name, dtype, tokens, monkeypatch, random):
+    """And few tokens, where it would take longer, or longer to compile, block by block."""
+    monkeypatch.setattr(_block_low_rank, "MOST_PAIRS", 0)
+    jax.clear_caches()
+    arguments = arrays(random, ((tokens, 18), *SHAPES[name][1:]), dtype)
+    f, reference = function(name), OPERATORS[name].reference
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    assert_close(f(*arguments), reference(*arguments), tolerance)
+    count = len(arguments)
+    wide = [a.astype(jnp.float32) for a in arguments]
+    got = [g.astype(jnp.float32) for g in gradients(f, count)(*arguments)]
+    assert_close(got, list(gradients(reference, count)(*wide)), tolerance)
 
 
 @each_operator

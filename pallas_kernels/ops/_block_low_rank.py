@@ -118,14 +118,29 @@ def by_platform(
     blocks: Blocks, batched: Callable[..., Any], on_cpu: Callable[..., Any], on_gpu: Callable[..., Any]
 ) -> Callable[..., Any]:
     """XLA's implementation: on a CPU one product a block, because it runs batched ones on one core, or slowly."""
-    few = {"cpu": on_cpu} if blocks.b1 * blocks.b2 <= MOST_PAIRS else {}
-    return lambda *arrays: jax.lax.platform_dependent(*arrays, **few, cuda=on_gpu, default=batched)
+    if blocks.b1 * blocks.b2 > MOST_PAIRS:
+        on_cpu = in_float32(batched)
+    return lambda *arrays: jax.lax.platform_dependent(*arrays, cpu=on_cpu, cuda=on_gpu, default=batched)
+
+
+def in_float32(form: Callable[..., Any]) -> Callable[..., Any]:
+    """`form` of wider operands: a CPU multiplies no batches of bfloat16 into float32."""
+
+    def run(*arrays: jax.Array | None) -> Any:
+        given, wide = jax.eval_shape(form, *arrays), exact(arrays[0])["preferred_element_type"]  # pyright: ignore
+        found = form(*jax.tree.map(lambda a: a.astype(wide), arrays))
+        return jax.tree.map(lambda a, like: a.astype(like.dtype), found, given)
+
+    return run
 
 
 def project(x: jax.Array, factor: jax.Array) -> list[jax.Array]:
     """Of every block of x (n, b p) its product with the transpose of that of the factor (b, r, p), unrounded."""
-    blocks = jnp.split(x, len(factor), 1)
-    return [jnp.dot(b, f.astype(x.dtype).T, **exact(x)) for b, f in zip(blocks, factor, strict=True)]
+    pairs = zip(jnp.split(x, len(factor), 1), factor.astype(x.dtype), strict=True)
+    if len(x) == len(factor) == 1:
+        # A CPU takes several times as long for a row times the transpose of a large matrix.
+        return [jnp.dot(f, b.T, **exact(x)).T for b, f in pairs]
+    return [jnp.dot(b, f.T, **exact(x)) for b, f in pairs]
 
 
 def expand(ranks: Sequence[jax.Array], factor: jax.Array, dtype: Any) -> jax.Array:

@@ -20,6 +20,7 @@ from pallas_kernels.ops._block_low_rank import (
     compiled_cases,
     exact,
     expand,
+    in_float32,
     launcher,
     outer,
     prepared,
@@ -137,8 +138,9 @@ def _run(kind: str, choice: dispatch.Choice, *arrays: jax.Array) -> Any:
     if kind == "gradients":
         dtypes = [gradient_dtype(f) for f in (v, s, u)]
         forms = [rounding(form, dtypes) for form in forms]
-    *in_xla, for_tpu, for_gpu = forms
-    xla = by_platform(blocks, *in_xla)
+    batched, on_cpu, on_gpu, for_tpu, for_gpu = forms
+    # For one token a CPU is faster at one batch of products than at a product for each block.
+    xla = by_platform(blocks, batched, in_float32(batched) if len(x) == 1 else on_cpu, on_gpu)
     return dispatch.run(choice, *arrays, name="blast_matmul", xla=xla, tpu=for_tpu, cuda=for_gpu)
 
 
@@ -250,6 +252,7 @@ def _parity_cases() -> list[Case]:
     f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
     return [
         _case(1, Blocks(2, 2, 8, 8, 4)),
+        _case(1, Blocks(3, 2, 8, 6, 5), bf16),
         _case(7, Blocks(3, 2, 5, 9, 3)),
         _case((2, 17), Blocks(4, 3, 16, 24, 20), bf16),
         _case(20, Blocks(3, 3, 6, 10, 9), f16),

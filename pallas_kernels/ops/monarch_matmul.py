@@ -20,6 +20,7 @@ from pallas_kernels.ops._block_low_rank import (
     compiled_cases,
     exact,
     expand,
+    in_float32,
     launcher,
     outer,
     prepared,
@@ -175,9 +176,12 @@ def _run(kind: str, choice: dispatch.Choice, dtype: Any, *arrays: Any) -> Any:
         return launcher(choice, x, why_not, why_slower, run)
 
     typed = {"dtype": dtype} if gradient else {}
-    *elsewhere, on_gpu = _XLA[kind]
+    batched, on_cpu, on_gpu = _XLA[kind]
+    if len(x) <= FEW_TOKENS and b1 * b2 > 1:
+        on_cpu = in_float32(_FEW_ON_CPU[kind])
     forms = [
-        *elsewhere,
+        batched,
+        on_cpu,
         functools.partial(on_gpu, **typed),
         on(tpu, tpu.slower(*sizes), **typed),
         on(gpu, gpu.SLOWER),
@@ -248,6 +252,32 @@ def _gradients_on_cpu(x: jax.Array, g: jax.Array, a: jax.Array, b: jax.Array) ->
     return da, outer(_by_output(project(x, a), len(b)), g)
 
 
+def _multiply_few_on_cpu(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array | None) -> jax.Array:
+    ranks = _by_output_at_once(x, a, len(b))
+    if scale is not None:
+        ranks = ranks * scale.reshape(len(b), 1, -1)
+    out = jnp.einsum("jnr,jrq->njq", ranks.astype(x.dtype), b.astype(x.dtype), **exact(x))
+    return out.reshape(len(x), -1).astype(x.dtype)
+
+
+def _gradients_few_on_cpu(
+    x: jax.Array, g: jax.Array, a: jax.Array, b: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    y, dy = (_by_output_at_once(*args).astype(x.dtype) for args in ((x, a, len(b)), (g, b, len(a))))
+    da, db = (
+        jnp.einsum("knr,nkp->krp", ranks, v.reshape(len(v), len(ranks), -1), **exact(x))
+        for ranks, v in ((dy, x), (y, g))
+    )
+    return da, db
+
+
+def _by_output_at_once(x: jax.Array, a: jax.Array, outputs: int) -> jax.Array:
+    """The ranks of each output block, from all inputs, as (outputs, tokens, ranks), unrounded."""
+    n, inputs = len(x), len(a)
+    ranks = jnp.einsum("nkp,krp->knr", x.reshape(n, inputs, -1), a.astype(x.dtype), **exact(x))
+    return ranks.reshape(inputs, n, outputs, -1).transpose(2, 1, 0, 3).reshape(outputs, n, -1)
+
+
 def _by_output(ys: Sequence[jax.Array], outputs: int) -> list[jax.Array]:
     """From the ranks of each input block, for all outputs in turn, those of each output block, from all inputs."""
     return [jnp.concatenate(parts, 1) for parts in zip(*(jnp.split(y, outputs, 1) for y in ys), strict=True)]
@@ -256,6 +286,14 @@ def _by_output(ys: Sequence[jax.Array], outputs: int) -> list[jax.Array]:
 _XLA: dict[str, tuple[Callable[..., Any], ...]] = {
     "multiply": (_multiply_in_xla, _multiply_on_cpu, _multiply_on_gpu),
     "gradients": (_gradients_in_xla, _gradients_on_cpu, _gradients_on_gpu),
+}
+
+
+# Up to how many tokens a CPU is faster at one batch of products than at a product for each block.
+FEW_TOKENS = 32
+_FEW_ON_CPU: dict[str, Callable[..., Any]] = {
+    "multiply": _multiply_few_on_cpu,
+    "gradients": _gradients_few_on_cpu,
 }
 
 
