@@ -36,7 +36,7 @@ TOGETHER = 2
 # From this many equal rows on, a loop over them with all taps unrolled beats a loop over the taps of each, unless that
 # is so much code at once that the compiler runs out of registers.
 EQUAL_ROWS, STRAIGHT = 4, 4000
-# From more rows of the kernel on than this it takes longer to unroll them all than four at a time.
+# Rows, of pixels or of the kernel, beyond which it takes longer to unroll them all than four at a time.
 UNROLLED_ROWS = 8
 # Cycles, measured on v5e: to start a program, to start an iteration of a loop, to reduce one sum over the images, to
 # gather a register of pixels or put it back, and if it is folded; to fetch the code of a multiply-add.
@@ -210,7 +210,8 @@ def _search(
         for blocks in _block_choices(rows)
         for layout in _layout_choices(n, c, itemsize, blocks, cols)
         if _width(layout.strips, gradient) <= CODE_BUDGET
-        for unroll in (1, 2, 4, *([64] if gradient or rows.axis.kernel <= UNROLLED_ROWS else []))
+        for unroll in (1, 2, 4, 64)
+        if unroll <= 4 or (rows.targets if gradient else rows.axis.kernel) <= UNROLLED_ROWS
         for plan in _group_choices(n, c, itemsize, layout._replace(unroll=unroll), gradient)
         if _vmem_bytes(plan, c, itemsize, gradient) <= vmem
     )
