@@ -36,8 +36,8 @@ TOGETHER = 2
 # From this many equal rows on, a loop over them with all taps unrolled beats a loop over the taps of each, unless that
 # is so much code at once that the compiler runs out of registers.
 EQUAL_ROWS, STRAIGHT = 4, 4000
-# Rows, of pixels or of the kernel, beyond which it takes longer to unroll them all than four at a time.
-UNROLLED_ROWS = 8
+# Rows from which on it takes longer to unroll all that stand apart in the code than four at a time.
+MANY_ROWS = 9
 # Cycles, measured on v5e: to start a program, to start an iteration of a loop, to reduce one sum over the images, to
 # gather a register of pixels or put it back, and if it is folded; to fetch the code of a multiply-add.
 PROGRAM, ITERATION, REDUCTION, GATHERING, FOLDING, CODE = 250, 12, 6, 2, 4, 0.3
@@ -211,11 +211,17 @@ def _search(
         for layout in _layout_choices(n, c, itemsize, blocks, cols)
         if _width(layout.strips, gradient) <= CODE_BUDGET
         for unroll in (1, 2, 4, 64)
-        if unroll <= 4 or (rows.targets if gradient else rows.axis.kernel) <= UNROLLED_ROWS
+        if unroll <= 4 or not _has_many_edges(rows)
         for plan in _group_choices(n, c, itemsize, layout._replace(unroll=unroll), gradient)
         if _vmem_bytes(plan, c, itemsize, gradient) <= vmem
     )
     return min(costs, key=lambda cost: cost[0], default=(0, None))[1]
+
+
+def _has_many_edges(rows: Gather) -> bool:
+    """Whether a large kernel reaches over an edge from most rows of pixels, which then read through different taps."""
+    kernel = rows.axis.kernel
+    return MANY_ROWS <= min(kernel, rows.targets) and rows.targets <= 2 * kernel
 
 
 def _layout_choices(n: int, c: int, itemsize: int, blocks: Blocks, cols: Gather) -> Iterator[Plan]:
