@@ -221,7 +221,7 @@ def _search(
 def _has_many_edges(rows: Gather) -> bool:
     """Whether a large kernel reaches over an edge from most rows of pixels, which then read through different taps."""
     kernel = rows.axis.kernel
-    return MANY_ROWS <= min(kernel, rows.targets) and rows.targets <= 2 * kernel
+    return min(kernel, rows.targets) >= MANY_ROWS and rows.targets <= 2 * kernel
 
 
 def _layout_choices(n: int, c: int, itemsize: int, blocks: Blocks, cols: Gather) -> Iterator[Plan]:
