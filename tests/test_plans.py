@@ -248,7 +248,6 @@ def test_long_sequences_are_not_cut_slice_by_slice() -> None:
 @pytest.mark.parametrize("gradient", [False, True])
 def test_rows_that_all_stand_apart_are_not_all_unrolled(gradient: bool) -> None:
     assert planned((32, 12, 12, 384), 13, gradient).unroll <= 4
-    assert planned((2, 48, 48, 384), 13, False).unroll > 4
 
 
 def planned(shape: tuple[int, ...], kernel: int, gradient: bool) -> tpu.Plan:
