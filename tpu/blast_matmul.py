@@ -62,7 +62,6 @@ def multiply(
     run = functools.partial(_multiply, plan=plan, blocks=blocks, interpret=interpret)
     if not _streams(plan, blocks, v.dtype.itemsize):
         return run(x, v, s, u, streamed=False).astype(dtype)
-
     return batchable(run, x, v, s, u, interpret=interpret).astype(dtype)
 
 

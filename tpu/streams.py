@@ -79,9 +79,8 @@ def batchable(run: Callable[..., jax.Array], *arrays: jax.Array, interpret: Any)
     def stream(*arrays: jax.Array) -> jax.Array:
         return run(*arrays, streamed=True)
 
-    if isinstance(
-        interpret, pltpu.InterpretParams
-    ):  # Its effects can't be lowered in a `custom_vmap` by JAX 0.7.2.
+    # Their effects can't be lowered in a `custom_vmap` by JAX 0.7.2.
+    if isinstance(interpret, pltpu.InterpretParams):
         return stream(*arrays)
 
     def in_blocks(_: int, batched: Sequence[bool], *arrays: jax.Array) -> tuple[jax.Array, bool]:
