@@ -567,12 +567,11 @@ def test_rivals_do_the_same_job(random):
         assert_close(factored(x, *factors), expected)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 37])
+@pytest.mark.parametrize(("tokens", "most"), [(1, 1024), (3, 1024), (3, 0), (37, 0)])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @each_operator
-def test_a_cpu_multiplies_many_blocks_at_once(name, dtype, tokens, monkeypatch, random):
-    """And few tokens, where it would take longer, or longer to compile, block by block."""
-    monkeypatch.setattr(_block_low_rank, "MOST_PAIRS", 0)
+def test_a_cpu_multiplies_few_tokens_or_many_blocks_at_once(name, dtype, tokens, most, monkeypatch, random):
+    monkeypatch.setattr(_block_low_rank, "MOST_PAIRS", most)
     jax.clear_caches()
     arguments = arrays(random, ((tokens, 18), *SHAPES[name][1:]), dtype)
     f, reference = function(name), OPERATORS[name].reference

@@ -157,6 +157,25 @@ def outer(ranks: Sequence[jax.Array], x: jax.Array) -> jax.Array:
     )
 
 
+def project_at_once(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """`project`, as one array (b, n, r)."""
+    blocks = x.reshape(len(x), len(factor), -1)
+    return jnp.einsum("nkp,krp->knr", blocks, factor.astype(x.dtype), **exact(x))
+
+
+def expand_at_once(ranks: jax.Array, factor: jax.Array, dtype: Any) -> jax.Array:
+    """`expand`, for one array (b, n, r)."""
+    y = ranks.astype(dtype)
+    out = jnp.einsum("jnr,jrq->njq", y, factor.astype(dtype), **exact(y))
+    return out.reshape(y.shape[1], -1).astype(dtype)
+
+
+def outer_at_once(ranks: jax.Array, x: jax.Array) -> jax.Array:
+    """`outer`, for one array (b, n, r)."""
+    blocks = x.reshape(len(x), len(ranks), -1)
+    return jnp.einsum("knr,nkp->krp", ranks.astype(x.dtype), blocks, **exact(x))
+
+
 def launcher(
     choice: dispatch.Choice, x: jax.Array, why_not: str | None, why_slower: str | None, run: Any
 ) -> Launcher:

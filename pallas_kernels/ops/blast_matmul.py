@@ -20,11 +20,14 @@ from pallas_kernels.ops._block_low_rank import (
     compiled_cases,
     exact,
     expand,
+    expand_at_once,
     in_float32,
     launcher,
     outer,
+    outer_at_once,
     prepared,
     project,
+    project_at_once,
     rivals,
     rounding,
     timed_cases,
@@ -44,10 +47,10 @@ def blast_matmul(
 
     With s of ones it is a matrix of rank r, with s the identity in (j, k) a block-diagonal one. Any Monarch matrix of
     as many ranks, r / b for each of its b by b blocks, is a BLAST matrix, with b^2 r parameters more: s. What lies
-    between the factors is rounded to x's dtype; on a TPU it never leaves the kernel, on a GPU cuBLAS multiplies, and a
-    kernel sums over k. By a TPU compiler's estimates a dense product comes nearest on v6e with many blocks, which take
-    mixing, and few tokens: for 4096 features in 16 blocks it takes 1.13 times as long with 384 tokens, and 1.31 times
-    with 1024.
+    between the factors is rounded to x's dtype (on a CPU not for one token); on a TPU it never leaves the kernel, on a
+    GPU cuBLAS multiplies, and a kernel sums over k. By a TPU compiler's estimates a dense product comes nearest on v6e
+    with many blocks, which take mixing, and few tokens: for 4096 features in 16 blocks it takes 1.13 times as long with
+    384 tokens, and 1.31 times with 1024.
 
     Args:
       x: (..., b1 p); float32, bfloat16, float16, or float64 (XLA only).
@@ -145,25 +148,15 @@ def _run(kind: str, choice: dispatch.Choice, *arrays: jax.Array) -> Any:
 
 
 def _multiply_in_xla(x: jax.Array, v: jax.Array, s: jax.Array, u: jax.Array) -> jax.Array:
-    z = _mixed(s, _ranks(x, v)).astype(x.dtype)
-    return jnp.einsum("jnr,jrq->njq", z, u.astype(x.dtype), **exact(x)).reshape(len(x), -1).astype(x.dtype)
+    return expand_at_once(_mixed(s, project_at_once(x, v)), u, x.dtype)
 
 
 def _gradients_in_xla(
     x: jax.Array, g: jax.Array, v: jax.Array, s: jax.Array, u: jax.Array
 ) -> tuple[jax.Array, ...]:
-    y, dz = _ranks(x, v), _ranks(g, u)
-    z, dy = _mixed(s, y).astype(x.dtype), _mixed(s.swapaxes(0, 1), dz).astype(x.dtype)
-    return (
-        jnp.einsum("knr,nkp->krp", dy, x.reshape(len(x), len(v), -1), **exact(x)),
-        jnp.einsum("jnr,knr->jkr", dz, y, **exact(y)),
-        jnp.einsum("jnr,njq->jrq", z, g.reshape(len(g), len(u), -1), **exact(x)),
-    )
-
-
-def _ranks(x: jax.Array, v: jax.Array) -> jax.Array:
-    """The ranks of input block k, as (k, tokens, r), unrounded."""
-    return jnp.einsum("nkp,krp->knr", x.reshape(len(x), len(v), -1), v.astype(x.dtype), **exact(x))
+    y, dz = project_at_once(x, v), project_at_once(g, u)
+    ds = jnp.einsum("jnr,knr->jkr", dz, y, **exact(y))
+    return outer_at_once(_mixed(s.swapaxes(0, 1), dz), x), ds, outer_at_once(_mixed(s, y), g)
 
 
 def _mixed(s: jax.Array, y: jax.Array) -> jax.Array:

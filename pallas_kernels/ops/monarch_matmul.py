@@ -20,11 +20,14 @@ from pallas_kernels.ops._block_low_rank import (
     compiled_cases,
     exact,
     expand,
+    expand_at_once,
     in_float32,
     launcher,
     outer,
+    outer_at_once,
     prepared,
     project,
+    project_at_once,
     rivals,
     rounding,
     timed_cases,
@@ -50,10 +53,10 @@ def monarch_matmul(
 
         out[n, j, :] = sum_k W2[j, k, :, :]^T (s[j, k, :] * (W1[k, j, :, :] x[n, k, :]))
 
-    What lies between the factors is rounded to x's dtype, and never leaves a Pallas kernel. On a GPU cuBLAS multiplies
-    unless `implementation="pallas"` asks for the kernel: an H200 took longer for that. By a TPU compiler's estimates,
-    which let each transfer have HBM to itself, a dense product is faster at some hundred tokens of wide layers on v6e:
-    for 197 tokens of 4096 features it takes 5 % fewer cycles, and twice the bytes.
+    What lies between the factors is rounded to x's dtype (not for few tokens on a CPU), and never leaves a kernel. On a
+    GPU cuBLAS multiplies unless `implementation="pallas"` asks for the kernel: an H200 took longer for that. By a TPU
+    compiler's estimates, which let each transfer have HBM to itself, a dense product is faster at some hundred tokens
+    of wide layers on v6e: for 197 tokens of 4096 features it takes 5 % fewer cycles, and twice the bytes.
 
     Args:
       x: (..., b1 p); float32, bfloat16, float16, or float64 (XLA only).
@@ -256,26 +259,21 @@ def _multiply_few_on_cpu(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Ar
     ranks = _by_output_at_once(x, a, len(b))
     if scale is not None:
         ranks = ranks * scale.reshape(len(b), 1, -1)
-    out = jnp.einsum("jnr,jrq->njq", ranks.astype(x.dtype), b.astype(x.dtype), **exact(x))
-    return out.reshape(len(x), -1).astype(x.dtype)
+    return expand_at_once(ranks, b, x.dtype)
 
 
 def _gradients_few_on_cpu(
     x: jax.Array, g: jax.Array, a: jax.Array, b: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    y, dy = (_by_output_at_once(*args).astype(x.dtype) for args in ((x, a, len(b)), (g, b, len(a))))
-    da, db = (
-        jnp.einsum("knr,nkp->krp", ranks, v.reshape(len(v), len(ranks), -1), **exact(x))
-        for ranks, v in ((dy, x), (y, g))
-    )
-    return da, db
+    da = outer_at_once(_by_output_at_once(g, b, len(a)), x)
+    return da, outer_at_once(_by_output_at_once(x, a, len(b)), g)
 
 
 def _by_output_at_once(x: jax.Array, a: jax.Array, outputs: int) -> jax.Array:
-    """The ranks of each output block, from all inputs, as (outputs, tokens, ranks), unrounded."""
-    n, inputs = len(x), len(a)
-    ranks = jnp.einsum("nkp,krp->knr", x.reshape(n, inputs, -1), a.astype(x.dtype), **exact(x))
-    return ranks.reshape(inputs, n, outputs, -1).transpose(2, 1, 0, 3).reshape(outputs, n, -1)
+    """`_by_output`, as one array (outputs, tokens, ranks)."""
+    inputs, n = len(a), len(x)
+    ranks = project_at_once(x, a).reshape(inputs, n, outputs, -1)
+    return ranks.transpose(2, 1, 0, 3).reshape(outputs, n, -1)
 
 
 def _by_output(ys: Sequence[jax.Array], outputs: int) -> list[jax.Array]:
