@@ -245,7 +245,8 @@ def _parity_cases() -> list[Case]:
     f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
     return [
         _case(1, Blocks(2, 2, 8, 8, 4)),
-        _case(1, Blocks(3, 2, 8, 6, 5), bf16),
+        # One token has few values between the factors: ranks enough for the errors of rounding them to average.
+        _case(1, Blocks(3, 2, 33, 49, 100), bf16),
         _case(7, Blocks(3, 2, 5, 9, 3)),
         _case((2, 17), Blocks(4, 3, 16, 24, 20), bf16),
         _case(20, Blocks(3, 3, 6, 10, 9), f16),
