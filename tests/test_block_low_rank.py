@@ -157,15 +157,23 @@ def test_plans_of_blast_on_a_tpu(cores, monkeypatch, random):
     assert_close(got, backward(g)[1:])
 
 
-@pytest.mark.sweep
 @pytest.mark.parametrize("cores", [1, 2])
-def test_blast_reads_large_factors_amid_the_first_program(cores, monkeypatch, random):
-    """Pieces of one block and of two, the last one short; a batch of factors comes as blocks."""
-    blocks = Blocks(5, 3, 6, 5, 24)
-    shapes = (40, 30), (5, 24, 6), (3, 5, 24), (3, 24, 5)
+@pytest.mark.parametrize(
+    ("outputs", "tokens", "piece"),
+    [
+        pytest.param((3, 5), 5, 1, id="pieces of two blocks, the last one short"),
+        pytest.param((4, 64), 5, 1 << 30, id="a result in two pieces"),
+        pytest.param((3, 5), 7, 1, id="a tile that is not full: blocks"),
+    ],
+)
+def test_blast_copies_what_it_takes_and_gives(cores, outputs, tokens, piece, monkeypatch, random):
+    """In programs that others follow; a batch of factors comes as blocks."""
+    (b2, q), n = outputs, 40
+    blocks = Blocks(5, b2, 6, q, 24)
+    shapes = (n, 30), (5, 24, 6), (b2, 5, 24), (b2, 24, q)
     monkeypatch.setattr(tpu_blast, "cores", lambda: cores)
-    monkeypatch.setattr(tpu_blast, "STREAMED", 0)
-    monkeypatch.setattr(tpu_blast, "_plan", lambda *_, **__: tpu_blast.Plan(7, 6, 24, 1))
+    monkeypatch.setattr(tpu_blast, "PIECE", piece)
+    monkeypatch.setattr(tpu_blast, "_plan", lambda *_, **__: tpu_blast.Plan(tokens, -(-n // tokens), 24, 1))
     run = functools.partial(tpu_blast.multiply, blocks=blocks, interpret=True)
     reference = lambda x, v, s, u: OPERATORS["blast_matmul"].reference(x, u, s, v)  # noqa: E731
     x, v, s, u = arrays(random, shapes)
@@ -380,7 +388,7 @@ def test_shard_map_over_tokens(name, random):
 def test_programs_of_a_grid_do_not_race(name, tokens, plan, monkeypatch, random):
     """Nor what they copy themselves with their products."""
     if isinstance(plan, tpu_blast.Plan):
-        monkeypatch.setattr(tpu_blast, "STREAMED", 0)
+        monkeypatch.setattr(tpu_blast, "PIECE", 1)
         monkeypatch.setattr(tpu_blast, "_plan", lambda *_, **__: plan)
     elif plan:
         checked = tpu_monarch._checked_plan

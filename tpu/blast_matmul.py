@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks import Blocks, blast_work
 from pallas_kernels.kernels.blast_matmul import GROUP, expand, gradients_stacked, multiply_stacked
 from pallas_kernels.lowering import Work, launch
-from pallas_kernels.tpu.streams import batchable
+from pallas_kernels.tpu.streams import Arriving, Leaving, batchable
 from pallas_kernels.tpu.tiles import (
     PARTS,
     cores,
     factor_spec,
     loadable,
-    matrix_width,
     rank_first,
     target,
     token_tiles,
@@ -34,13 +34,14 @@ from pallas_kernels.tpu.tiles import (
 GRAIN = 16
 # More ranks a program add nothing but code.
 MOST_RANKS = 2048
-# In how many pieces a factor is read from HBM.
-PIECES = 4
-# Bytes of factors from which on it pays that the first program doesn't wait for all of them: its code is there twice.
-STREAMED = 4 << 20
+# In how many pieces a factor is read from HBM at most, and bytes of factors from which on it pays to read one more:
+# waiting for each divides what is scheduled.
+PIECES, PIECE = 4, 4 << 20
 # With how few tokens, and on which TPUs, XLA's own products take no longer than to turn a factor, and the kernel then.
 # On v4 they take longer.
 FEW_TOKENS, FEW_TOKENS_ON = 512, ("v5e", "v6e")
+# Bytes of factors that are large.
+LONG_TO_TURN = 4 << 20
 TOO_LARGE = f"{GRAIN} ranks of all blocks don't fit in VMEM"
 
 
@@ -60,7 +61,7 @@ def multiply(
     dtype = x.dtype
     x, v, s, u, plan = _planned(x, v, s, u, blocks, gradient=False)
     run = functools.partial(_multiply, plan=plan, blocks=blocks, interpret=interpret)
-    if not _streams(plan, blocks, v.dtype.itemsize):
+    if plan.parts > 1 or plan.tiles <= cores() or len(x) % plan.tokens:
         return run(x, v, s, u, streamed=False).astype(dtype)
     return batchable(run, x, v, s, u, interpret=interpret).astype(dtype)
 
@@ -69,7 +70,10 @@ def _multiply(
     x: jax.Array, v: jax.Array, s: jax.Array, u: jax.Array, *, plan: Plan, blocks: Blocks, interpret: Any,
     streamed: bool,
 ) -> jax.Array:  # fmt: skip
-    """streamed: whether the factors come as `_Arriving`, or as blocks, which a batch of factors can be cut into too."""
+    """streamed: whether programs copy x, the large factors and the result themselves: work starts sooner, and ends.
+
+    Else they get blocks, which a batch of factors can be cut into too.
+    """
     n = len(x)
     b1, b2, p, q, _ = blocks
     tokens, tiles, ranks, parts = plan
@@ -81,28 +85,29 @@ def _multiply(
         steps = tiles // divided * parts
         return lambda core, step: index(*_divmod(core * steps + step, parts))
 
+    widths = ((b1, p), (b2, q))
     if streamed:
         body: Any = _first_reads
-        v_spec = u_spec = pl.BlockSpec(memory_space=pl.ANY)
-        scratch: list[Any] = [pltpu.VMEM(f.shape, f.dtype) for f in (v, u)]
-        scratch.append(pltpu.SemaphoreType.DMA((2, PIECES)))
+        x_spec = v_spec = u_spec = o_spec = pl.BlockSpec(memory_space=pl.ANY)
+        pieces = min(PIECES, max(1, _factor_bytes(blocks, v.dtype.itemsize) // PIECE))
+        x_here, o_here = (pltpu.VMEM((2, tokens, b * width), x.dtype) for b, width in widths)
+        scratch: list[Any] = [x_here, pltpu.VMEM(v.shape, v.dtype), pltpu.VMEM(u.shape, u.dtype), o_here]
+        scratch += [
+            pltpu.SemaphoreType.DMA(shape) for shape in ((2,), (2, pieces), (2, b2 // _left_at_once(b2, q)))
+        ]
     else:
         body = _first_expands
+        x_spec, o_spec = (pl.BlockSpec((tokens, b * width), at(lambda i, c: (i, 0))) for b, width in widths)
         v_spec, u_spec = (
-            factor_spec((b, ranks, size), at(lambda i, c: (0, c, 0)), whole) for b, size in ((b1, p), (b2, q))
+            factor_spec((b, ranks, width), at(lambda i, c: (0, c, 0)), whole) for b, width in widths
         )
         scratch = [] if whole else [pltpu.VMEM((tokens, b2 * q), jnp.float32)]
     return launch(
         functools.partial(body, functools.partial(multiply_stacked, blocks=blocks, parts=parts)), x, v, s, u,
         platform="tpu", interpret=interpret, name="blast_matmul",
         grid=(divided, tiles // divided * parts),
-        in_specs=[
-            pl.BlockSpec((tokens, b1 * p), at(lambda i, c: (i, 0))),
-            v_spec,
-            factor_spec(s.shape, at(lambda i, c: (0, 0, 0)), True),
-            u_spec,
-        ],
-        out_specs=pl.BlockSpec((tokens, b2 * q), at(lambda i, c: (i, 0))),
+        in_specs=[x_spec, v_spec, factor_spec(s.shape, at(lambda i, c: (0, 0, 0)), True), u_spec],
+        out_specs=o_spec,
         out_shape=jax.ShapeDtypeStruct((n, b2 * q), x.dtype),
         scratch_shapes=[pltpu.VMEM(_matrices(blocks, plan), x.dtype), *scratch],
         sequential=True,
@@ -119,53 +124,56 @@ def _first_expands(
 
 
 def _first_reads(
-    run: Any, x_ref: Any, v_hbm: Any, s_ref: Any, u_hbm: Any, o_ref: Any, m_ref: Any, v_ref: Any, u_ref: Any,
-    arrived: Any,
+    run: Any, x_hbm: Any, v_hbm: Any, s_ref: Any, u_hbm: Any, o_hbm: Any, m_ref: Any, x_here: Any, v_ref: Any,
+    u_ref: Any, o_here: Any, x_arrived: Any, arrived: Any, left: Any,
 ) -> None:  # fmt: skip
-    """The first program reads the factors amid its work, in code of its own: each wait divides what is scheduled."""
-    first = pl.program_id(1) == 0
+    """The first program reads the factors amid its work, in code of its own, and all read x for the next."""
+    step, steps = pl.program_id(1), pl.num_programs(1)
+    first, tokens, before = step == 0, x_here.shape[1], pl.program_id(0) * steps
+
+    def tile(hbm: Any, i: Any) -> Any:
+        return hbm.at[pl.ds((before + i) * tokens, tokens)]
+
+    def x_for(i: Any) -> Any:
+        slot = lax.rem(i, jnp.int32(2))
+        return pltpu.make_async_copy(tile(x_hbm, i), x_here.at[slot], x_arrived.at[slot])
+
+    def result_of(i: Any) -> Leaving:
+        slot = lax.rem(i, jnp.int32(2))
+        return Leaving(tile(o_hbm, i), o_here.at[slot], left.at[slot])
+
+    v, u = Arriving(v_hbm, v_ref, arrived.at[0]), Arriving(u_hbm, u_ref, arrived.at[1])
 
     @pl.when(first)
     def _() -> None:
-        v, u = _Arriving(v_hbm, v_ref, arrived.at[0]), _Arriving(u_hbm, u_ref, arrived.at[1])
+        x_for(step).start()
         v.start()
         u.start()
+
+    pl.when(step + 1 < steps)(lambda: x_for(step + 1).start())
+
+    @pl.when(first)
+    def _() -> None:
         expand(s_ref, m_ref)
-        run(x_ref, v, u, o_ref, m_ref)
+        x_for(step).wait()
+        run(x_here.at[0], v, u, result_of(step), m_ref)
 
-    pl.when(~first)(lambda: run(x_ref, v_ref, u_ref, o_ref, m_ref))
+    @pl.when(~first)
+    def _() -> None:
+        x_for(step).wait()
+        pl.when(step > 1)(lambda: result_of(step - 2).wait())
+        run(x_here.at[lax.rem(step, jnp.int32(2))], v_ref, u_ref, result_of(step), m_ref)
+
+    @pl.when(step == steps - 1)
+    def _() -> None:
+        pl.when(~first)(lambda: result_of(step - 1).wait())
+        result_of(step).wait()
 
 
-class _Arriving(NamedTuple):
-    """The blocks of a factor, on their way from HBM to VMEM in pieces: to take the first of a piece is to wait."""
-
-    there: Any
-    here: Any
-    arrived: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.here.shape
-
-    @property
-    def _size(self) -> int:
-        """Blocks of a piece."""
-        return -(-len(self.here) // PIECES)
-
-    def _piece(self, block: int) -> Any:
-        """The copy of the piece that starts with a block."""
-        part = pl.ds(block, min(self._size, len(self.here) - block))
-        arrived = self.arrived.at[block // self._size]
-        return pltpu.make_async_copy(self.there.at[part], self.here.at[part], arrived)
-
-    def start(self) -> None:
-        for block in range(0, len(self.here), self._size):
-            self._piece(block).start()
-
-    def __getitem__(self, block: int) -> jax.Array:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if block % self._size == 0:
-            self._piece(block).wait()
-        return self.here[block]
+def _left_at_once(blocks: int, width: int) -> int:
+    """The fewest blocks of a result that are whole tiles of 128 columns; or all of them."""
+    fewest = 128 // math.gcd(width, 128)
+    return fewest if blocks % fewest == 0 else blocks
 
 
 def gradients(
@@ -237,7 +245,7 @@ def slower(n: int, blocks: Blocks, factor_itemsize: int) -> str | None:
     """Why XLA is faster: the kernel takes ranks before features, even where the other order fills fewer tiles."""
     turned = not (rank_first(blocks.rank, blocks.p) and rank_first(blocks.rank, blocks.q))
     few = n <= FEW_TOKENS and target().name in FEW_TOKENS_ON
-    if few and turned and _factor_bytes(blocks, factor_itemsize) >= STREAMED:
+    if few and turned and _factor_bytes(blocks, factor_itemsize) >= LONG_TO_TURN:
         return f"it would wait until a factor is turned, which for at most {FEW_TOKENS} tokens takes too long"
     return None
 
@@ -273,25 +281,18 @@ def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradie
     def quality(plan: Plan) -> tuple[int, ...]:
         tokens, tiles, ranks, parts = plan
         once = tiles == 1 or (parts == 1 and not gradient)  # the factors are read once
-        # The first tile is short then, and so what arrives amid it isn't waited for.
-        most = matrix_width() if not gradient and _streams(plan, blocks, factor_itemsize) else tokens
         full = (
             min(ranks, 128, r),
             min(tokens, 128),
             once,
             -ranks * parts,
             min(ranks, 256),
-            min(tokens, most),
-            -tokens,
+            -tokens * tiles,
+            tokens,
         )
         return (*full, -max(PARTS, parts), parts) if tiles == 1 else (*full, ranks)
 
     return max(filter(fit, plans), key=quality, default=None)
-
-
-def _streams(plan: Plan, blocks: Blocks, factor_itemsize: int) -> bool:
-    """Whether the factors are all read once, by a program that others follow, and long enough to compute meanwhile."""
-    return plan.parts == 1 and plan.tiles > cores() and _factor_bytes(blocks, factor_itemsize) >= STREAMED
 
 
 def _factor_bytes(blocks: Blocks, factor_itemsize: int) -> int:
@@ -321,7 +322,7 @@ def _matrices(blocks: Blocks, plan: Plan) -> tuple[int, int, int]:
 
 
 def _divmod(a: Any, b: int) -> tuple[Any, Any]:
-    return jax.lax.div(a, jnp.int32(b)), jax.lax.rem(a, jnp.int32(b))
+    return lax.div(a, jnp.int32(b)), lax.rem(a, jnp.int32(b))
 
 
 def _work(n: int, plan: Plan, blocks: Blocks, itemsize: int, factor_itemsize: int, products: int) -> Work:

@@ -59,6 +59,72 @@ class Stream(NamedTuple):
         return pltpu.make_async_copy(*((there, here) if comes else (here, there)), self.copied.at[slot])
 
 
+class Arriving(NamedTuple):
+    """Blocks on their way from HBM to VMEM, in a piece for each semaphore: to take the first of a piece is to wait."""
+
+    there: Any
+    here: Any
+    arrived: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.here.shape
+
+    @property
+    def _size(self) -> int:
+        """Blocks of a piece."""
+        return -(-len(self.here) // self.arrived.shape[0])
+
+    def _piece(self, block: int) -> Any:
+        """The copy of the piece that starts with a block."""
+        part = pl.ds(block, min(self._size, len(self.here) - block))
+        return pltpu.make_async_copy(
+            self.there.at[part], self.here.at[part], self.arrived.at[block // self._size]
+        )
+
+    def start(self) -> None:
+        for block in range(0, len(self.here), self._size):
+            self._piece(block).start()
+
+    def __getitem__(self, block: int) -> jax.Array:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if block % self._size == 0:
+            self._piece(block).wait()
+        return self.here[block]
+
+
+class Leaving(NamedTuple):
+    """A tile on its way from VMEM to HBM, in a piece of its columns for each semaphore: to write the last is to start.
+
+    there, here: Refs of the tile.
+    """
+
+    there: Any
+    here: Any
+    left: Any
+
+    @property
+    def dtype(self) -> Any:
+        return self.here.dtype
+
+    @property
+    def _width(self) -> int:
+        """Columns of a piece."""
+        return self.here.shape[1] // self.left.shape[0]
+
+    def _piece(self, i: int) -> Any:
+        part = pl.ds(i * self._width, self._width)
+        return pltpu.make_async_copy(self.here.at[:, part], self.there.at[:, part], self.left.at[i])
+
+    def __setitem__(self, at: tuple[slice, slice], columns: jax.Array) -> None:
+        self.here[at] = columns
+        if at[1].stop % self._width == 0:
+            self._piece(at[1].stop // self._width - 1).start()
+
+    def wait(self) -> None:
+        for i in range(self.left.shape[0]):
+            self._piece(i).wait()
+
+
 def growing(blocks: int, most: int) -> list[int]:
     """Pieces of one block, then of at most twice the one before, and `most`.
 
