@@ -23,7 +23,7 @@ from pallas_kernels.ops import _block_low_rank, blast_matmul, low_rank_matmul, m
 from pallas_kernels.ops._block_low_rank import LAYERS
 from pallas_kernels.tpu import blast_matmul as tpu_blast
 from pallas_kernels.tpu import monarch_matmul as tpu_monarch
-from pallas_kernels.tpu.streams import growing
+from pallas_kernels.tpu import streams
 
 NAMES = ("blast_matmul", "low_rank_matmul", "monarch_matmul")
 OPERATORS = {name: operators()[name] for name in NAMES}
@@ -172,7 +172,8 @@ def test_blast_copies_what_it_takes_and_gives(cores, outputs, tokens, piece, mon
     blocks = Blocks(5, b2, 6, q, 24)
     shapes = (n, 30), (5, 24, 6), (b2, 5, 24), (b2, 24, q)
     monkeypatch.setattr(tpu_blast, "cores", lambda: cores)
-    monkeypatch.setattr(tpu_blast, "PIECE", piece)
+    monkeypatch.setattr(streams, "cores", lambda: cores)
+    monkeypatch.setattr(streams, "PIECE", piece)
     monkeypatch.setattr(tpu_blast, "_plan", lambda *_, **__: tpu_blast.Plan(tokens, -(-n // tokens), 24, 1))
     run = functools.partial(tpu_blast.multiply, blocks=blocks, interpret=True)
     reference = lambda x, v, s, u: OPERATORS["blast_matmul"].reference(x, u, s, v)  # noqa: E731
@@ -202,15 +203,20 @@ def test_plans_of_monarch_on_a_tpu(plan, monkeypatch, random):
 
 
 @pytest.mark.sweep
-def test_monarch_copies_blocks_in_pieces(monkeypatch, random):
-    """More pieces than VMEM holds at once, of one block and of more; a batch comes as blocks."""
+@pytest.mark.parametrize(
+    "copied",
+    [
+        pytest.param(tpu_monarch.Plan(20, 1, 2, 2, 5, "pieces"), id="pieces of one block and of more"),
+        pytest.param(tpu_monarch.Plan(4, 5, 4, 5, 5, "tiles"), id="tiles of tokens"),
+    ],
+)
+def test_monarch_copies_what_it_takes_and_gives(copied, monkeypatch, random):
+    """More than VMEM holds at once; a batch comes as blocks."""
     blocks = Blocks(4, 5, 6, 5, 4)
-    shapes = (19, 24), (4, 20, 6), (5, 16, 5)
+    shapes = (20, 24), (4, 20, 6), (5, 16, 5)
 
-    def plan(*_, streamed, **__):
-        return (
-            tpu_monarch.Plan(19, 1, 2, 2, 5, streamed=True) if streamed else tpu_monarch.Plan(16, 2, 2, 5, 5)
-        )
+    def plan(*_, copying, **__):
+        return copied if copying else tpu_monarch.Plan(16, 2, 2, 5, 5)
 
     monkeypatch.setattr(tpu_monarch, "_plan", plan)
     run = functools.partial(tpu_monarch.multiply, blocks=blocks, interpret=True)
@@ -225,7 +231,7 @@ def test_monarch_copies_blocks_in_pieces(monkeypatch, random):
 
 @pytest.mark.parametrize(("blocks", "most"), [(1, 1), (2, 1), (7, 3), (16, 5), (16, 16)])
 def test_pieces_grow_to_all_blocks(blocks, most):
-    sizes = growing(blocks, most)
+    sizes = streams.growing(blocks, most)
     assert sum(sizes) == blocks and sizes[0] == 1 and max(sizes) <= most and sizes == sorted(sizes)
     assert all(after <= 2 * before for before, after in itertools.pairwise(sizes))
 
@@ -382,18 +388,19 @@ def test_shard_map_over_tokens(name, random):
         ("blast_matmul", 40, None),
         ("blast_matmul", 48, tpu_blast.Plan(8, 6, 16, 1)),
         ("monarch_matmul", 40, None),
-        ("monarch_matmul", 24, tpu_monarch.Plan(24, 1, 1, 1, 3, streamed=True)),
+        ("monarch_matmul", 24, tpu_monarch.Plan(24, 1, 1, 1, 3, "pieces")),
+        ("monarch_matmul", 48, tpu_monarch.Plan(8, 6, 3, 3, 3, "tiles")),
     ],
 )
 def test_programs_of_a_grid_do_not_race(name, tokens, plan, monkeypatch, random):
     """Nor what they copy themselves with their products."""
     if isinstance(plan, tpu_blast.Plan):
-        monkeypatch.setattr(tpu_blast, "PIECE", 1)
+        monkeypatch.setattr(streams, "PIECE", 1)
         monkeypatch.setattr(tpu_blast, "_plan", lambda *_, **__: plan)
     elif plan:
         checked = tpu_monarch._checked_plan
-        streams = lambda *sizes, streamed=False, **kind: plan if streamed else checked(*sizes, **kind)  # noqa: E731
-        monkeypatch.setattr(tpu_monarch, "_checked_plan", streams)
+        copies = lambda *sizes, copying=False, **kind: plan if copying else checked(*sizes, **kind)  # noqa: E731
+        monkeypatch.setattr(tpu_monarch, "_checked_plan", copies)
     x, *factors = arrays(random, ((tokens, 18), *SHAPES[name][1:]))
     f, reference = function(name, implementation="pallas"), OPERATORS[name].reference
     with testing.interpret("tpu", detect_races=True):

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.blocks import Blocks, blast_work
 from pallas_kernels.kernels.blast_matmul import GROUP, expand, gradients_stacked, multiply_stacked
 from pallas_kernels.lowering import Work, launch
-from pallas_kernels.tpu.streams import Arriving, Leaving, batchable
+from pallas_kernels.tpu.streams import batchable, in_tiles, tile_buffers, tileable
 from pallas_kernels.tpu.tiles import (
     PARTS,
     cores,
@@ -34,9 +34,6 @@ from pallas_kernels.tpu.tiles import (
 GRAIN = 16
 # More ranks a program add nothing but code.
 MOST_RANKS = 2048
-# In how many pieces a factor is read from HBM at most, and bytes of factors from which on it pays to read one more:
-# waiting for each divides what is scheduled.
-PIECES, PIECE = 4, 4 << 20
 # With how few tokens, and on which TPUs, XLA's own products take no longer than to turn a factor, and the kernel then.
 # On v4 they take longer.
 FEW_TOKENS, FEW_TOKENS_ON = 512, ("v5e", "v6e")
@@ -61,7 +58,7 @@ def multiply(
     dtype = x.dtype
     x, v, s, u, plan = _planned(x, v, s, u, blocks, gradient=False)
     run = functools.partial(_multiply, plan=plan, blocks=blocks, interpret=interpret)
-    if plan.parts > 1 or plan.tiles <= cores() or len(x) % plan.tokens:
+    if plan.parts > 1 or not tileable(len(x), plan.tokens):
         return run(x, v, s, u, streamed=False).astype(dtype)
     return batchable(run, x, v, s, u, interpret=interpret).astype(dtype)
 
@@ -70,7 +67,7 @@ def _multiply(
     x: jax.Array, v: jax.Array, s: jax.Array, u: jax.Array, *, plan: Plan, blocks: Blocks, interpret: Any,
     streamed: bool,
 ) -> jax.Array:  # fmt: skip
-    """streamed: whether programs copy x, the large factors and the result themselves: work starts sooner, and ends.
+    """streamed: whether programs copy x, v, u and the result themselves: they start sooner, and end sooner.
 
     Else they get blocks, which a batch of factors can be cut into too.
     """
@@ -87,14 +84,9 @@ def _multiply(
 
     widths = ((b1, p), (b2, q))
     if streamed:
-        body: Any = _first_reads
+        body: Any = _in_tiles
         x_spec = v_spec = u_spec = o_spec = pl.BlockSpec(memory_space=pl.ANY)
-        pieces = min(PIECES, max(1, _factor_bytes(blocks, v.dtype.itemsize) // PIECE))
-        x_here, o_here = (pltpu.VMEM((2, tokens, b * width), x.dtype) for b, width in widths)
-        scratch: list[Any] = [x_here, pltpu.VMEM(v.shape, v.dtype), pltpu.VMEM(u.shape, u.dtype), o_here]
-        scratch += [
-            pltpu.SemaphoreType.DMA(shape) for shape in ((2,), (2, pieces), (2, b2 // _left_at_once(b2, q)))
-        ]
+        scratch = tile_buffers(tokens, x, v, u, b2, q)
     else:
         body = _first_expands
         x_spec, o_spec = (pl.BlockSpec((tokens, b * width), at(lambda i, c: (i, 0))) for b, width in widths)
@@ -123,57 +115,12 @@ def _first_expands(
     run(x_ref, v_ref, u_ref, o_ref, m_ref, *scratch)
 
 
-def _first_reads(
-    run: Any, x_hbm: Any, v_hbm: Any, s_ref: Any, u_hbm: Any, o_hbm: Any, m_ref: Any, x_here: Any, v_ref: Any,
-    u_ref: Any, o_here: Any, x_arrived: Any, arrived: Any, left: Any,
-) -> None:  # fmt: skip
-    """The first program reads the factors amid its work, in code of its own, and all read x for the next."""
-    step, steps = pl.program_id(1), pl.num_programs(1)
-    first, tokens, before = step == 0, x_here.shape[1], pl.program_id(0) * steps
-
-    def tile(hbm: Any, i: Any) -> Any:
-        return hbm.at[pl.ds((before + i) * tokens, tokens)]
-
-    def x_for(i: Any) -> Any:
-        slot = lax.rem(i, jnp.int32(2))
-        return pltpu.make_async_copy(tile(x_hbm, i), x_here.at[slot], x_arrived.at[slot])
-
-    def result_of(i: Any) -> Leaving:
-        slot = lax.rem(i, jnp.int32(2))
-        return Leaving(tile(o_hbm, i), o_here.at[slot], left.at[slot])
-
-    v, u = Arriving(v_hbm, v_ref, arrived.at[0]), Arriving(u_hbm, u_ref, arrived.at[1])
-
-    @pl.when(first)
-    def _() -> None:
-        x_for(step).start()
-        v.start()
-        u.start()
-
-    pl.when(step + 1 < steps)(lambda: x_for(step + 1).start())
-
-    @pl.when(first)
-    def _() -> None:
-        expand(s_ref, m_ref)
-        x_for(step).wait()
-        run(x_here.at[0], v, u, result_of(step), m_ref)
-
-    @pl.when(~first)
-    def _() -> None:
-        x_for(step).wait()
-        pl.when(step > 1)(lambda: result_of(step - 2).wait())
-        run(x_here.at[lax.rem(step, jnp.int32(2))], v_ref, u_ref, result_of(step), m_ref)
-
-    @pl.when(step == steps - 1)
-    def _() -> None:
-        pl.when(~first)(lambda: result_of(step - 1).wait())
-        result_of(step).wait()
-
-
-def _left_at_once(blocks: int, width: int) -> int:
-    """The fewest blocks of a result that are whole tiles of 128 columns; or all of them."""
-    fewest = 128 // math.gcd(width, 128)
-    return fewest if blocks % fewest == 0 else blocks
+def _in_tiles(
+    run: Any, x_hbm: Any, v_hbm: Any, s_ref: Any, u_hbm: Any, o_hbm: Any, m_ref: Any, *buffers: Any
+) -> None:
+    in_tiles(
+        lambda *refs: run(*refs, m_ref), x_hbm, v_hbm, u_hbm, o_hbm, *buffers, before=lambda: expand(s_ref, m_ref)
+    )  # fmt: skip
 
 
 def gradients(

@@ -9,7 +9,8 @@ of all blocks that an output block adds up are stacked into one product.
 
 import functools
 import itertools
-from typing import Any, NamedTuple
+import math
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,18 @@ from pallas_kernels.kernels.monarch_matmul import (
     project_stacked,
 )
 from pallas_kernels.lowering import Work, launch
-from pallas_kernels.tpu.streams import Stream, batchable, growing
+from pallas_kernels.tpu.streams import (
+    Stream,
+    batchable,
+    factor_pieces,
+    growing,
+    in_tiles,
+    tile_buffers,
+    tileable,
+)
 from pallas_kernels.tpu.tiles import (
     PARTS,
+    cores,
     factor_spec,
     loadable,
     matrix_width,
@@ -59,7 +69,8 @@ class Plan(NamedTuple):
 
     Programs for the output blocks of a part share what others of that part have projected.
 
-    streamed: whether programs take one block, then more, up to those, and at the end fewer again, which they copy.
+    copies: what programs copy themselves. "pieces": one block, then more, up to those, and at the end fewer again;
+      "tiles": tiles of tokens, and all blocks of the factors.
     """
 
     tokens: int
@@ -67,7 +78,7 @@ class Plan(NamedTuple):
     inputs: int
     outputs: int
     part: int
-    streamed: bool = False
+    copies: Literal["", "pieces", "tiles"] = ""
 
 
 def multiply(
@@ -79,14 +90,14 @@ def multiply(
     plan_for = functools.partial(
         _checked_plan, len(x), blocks, x.dtype.itemsize, a.dtype.itemsize, gradient=False
     )
-    plan = plan_for(streamed=scale is None)
-    if not plan.streamed:
+    plan = plan_for(copying=scale is None)
+    if not plan.copies:
         return _multiply_in_blocks(x, a, b, scale, plan, blocks, interpret).astype(dtype)
 
     def run(x: jax.Array, a: jax.Array, b: jax.Array, *, streamed: bool) -> jax.Array:
         if streamed:
-            return _multiply_streamed(x, a, b, plan, blocks, interpret)
-        return _multiply_in_blocks(x, a, b, None, plan_for(streamed=False), blocks, interpret)
+            return _multiply_copied(x, a, b, plan, blocks, interpret)
+        return _multiply_in_blocks(x, a, b, None, plan_for(copying=False), blocks, interpret)
 
     return batchable(run, x, a, b, interpret=interpret).astype(dtype)
 
@@ -143,38 +154,58 @@ def _multiply_in_blocks(
     )  # fmt: skip
 
 
-def _multiply_streamed(
+def _multiply_copied(
     x: jax.Array, a: jax.Array, b: jax.Array, plan: Plan, blocks: Blocks, interpret: Any
 ) -> jax.Array:
     n, (b1, b2, p, q, t) = len(x), blocks
     (a, a_features), (b, b_features) = oriented(a), oriented(b)
-    inputs, outputs = growing(b1, plan.inputs), growing(b2, plan.outputs)[::-1]
+    features, tokens = (a_features, b_features), plan.tokens
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
-
+    if plan.copies == "tiles":
+        body: Any = functools.partial(_in_tiles, features)
+        divided = math.gcd(plan.tiles, cores())
+        grid = divided, plan.tiles // divided
+        buffers = tile_buffers(tokens, x, a, b, b2, q)
+    else:
+        inputs, outputs = growing(b1, plan.inputs), growing(b2, plan.outputs)[::-1]
+        body = functools.partial(_in_pieces, inputs, outputs, (p, q), features)
+        grid = (len(inputs) + len(outputs) - 1,)
+        buffers = [
+            pltpu.VMEM((2, tokens, max(inputs) * p), x.dtype),
+            pltpu.VMEM((2, max(inputs), *a.shape[1:]), a.dtype),
+            pltpu.VMEM((2, max(outputs), *b.shape[1:]), b.dtype),
+            pltpu.VMEM((2, tokens, max(outputs) * q), x.dtype),
+            pltpu.SemaphoreType.DMA((4, 2)),
+        ]
     return launch(
-        functools.partial(_in_pieces, inputs, outputs, (p, q), (a_features, b_features)), x, a, b,
+        body, x, a, b,
         platform="tpu", interpret=interpret, name="monarch_matmul",
-        grid=(len(inputs) + len(outputs) - 1,),
+        grid=grid,
         in_specs=[in_hbm] * 3,
         out_specs=in_hbm,
         out_shape=jax.ShapeDtypeStruct((n, b2 * q), x.dtype),
-        scratch_shapes=[
-            pltpu.VMEM((2, n, max(inputs) * p), x.dtype),
-            pltpu.VMEM((2, max(inputs), *a.shape[1:]), a.dtype),
-            pltpu.VMEM((2, max(outputs), *b.shape[1:]), b.dtype),
-            pltpu.VMEM((2, n, max(outputs) * q), x.dtype),
-            pltpu.VMEM((b1, b2, t, n), _between_dtype(x, t)),
-            pltpu.SemaphoreType.DMA((4, 2)),
-        ],
+        scratch_shapes=[pltpu.VMEM((b1, b2, t, tokens), _between_dtype(x, t)), *buffers],
         sequential=True,
         vmem_limit_bytes=vmem_limit(),
         work=_work(x, a, blocks, n),
     )  # fmt: skip
 
 
+def _in_tiles(
+    features: tuple[int, int], x_hbm: Any, a_hbm: Any, b_hbm: Any, o_hbm: Any, y_ref: Any, *buffers: Any
+) -> None:
+    b1, b2, *_ = y_ref.shape
+
+    def run(x: Any, a: Any, b: Any, o: Any) -> None:
+        project_stacked(x, a, None, y_ref, 0, b1, axis=features[0])
+        expand_stacked(y_ref, b, o, 0, b2, axis=features[1])
+
+    in_tiles(run, x_hbm, a_hbm, b_hbm, o_hbm, *buffers)
+
+
 def _in_pieces(
     inputs: list[int], outputs: list[int], widths: tuple[int, int], features: tuple[int, int], x_ref: Any, a_ref: Any,
-    b_ref: Any, o_ref: Any, x_here: Any, a_here: Any, b_here: Any, o_here: Any, y_ref: Any, copied: Any,
+    b_ref: Any, o_ref: Any, y_ref: Any, x_here: Any, a_here: Any, b_here: Any, o_here: Any, copied: Any,
 ) -> None:  # fmt: skip
     """A program takes a piece of the input blocks or of the output blocks, and the one amid them one of each."""
     step, last = pl.program_id(0), len(inputs) - 1
@@ -276,15 +307,15 @@ def _between_dtype(x: jax.Array, t: int) -> Any:
 
 
 def _checked_plan(
-    n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradient: bool, streamed: bool = False
+    n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradient: bool, copying: bool = False
 ) -> Plan:
-    plan = _plan(n, blocks, itemsize, factor_itemsize, gradient=gradient, streamed=streamed)
+    plan = _plan(n, blocks, itemsize, factor_itemsize, gradient=gradient, copying=copying)
     assert plan is not None, "the operator asks `fits` first"
     return plan
 
 
 def _plan(
-    n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradient: bool, streamed: bool = False
+    n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradient: bool, copying: bool = False
 ) -> Plan | None:
     """The fewest cycles that fit; for gradients as many output blocks a program as a matrix unit needs, then tokens.
 
@@ -308,9 +339,11 @@ def _plan(
             for jb in divisors(b2, q)
             if part % jb == 0
         ]
-        if streamed and n <= TOKENS and p % 128 == q % 128 == 0:
+        if copying:
+            plans += [Plan(*tiles, b1, b2, b2, copies="tiles") for tiles in tilings if tileable(n, tiles[0])]
+        if copying and n <= TOKENS and p % 128 == q % 128 == 0:
             pieces = itertools.product(range(1, b1), range(1, b2))
-            plans += [Plan(n, 1, kb, jb, b2, streamed=True) for kb, jb in pieces]
+            plans += [Plan(n, 1, kb, jb, b2, copies="pieces") for kb, jb in pieces]
 
     def fit(plan: Plan) -> bool:
         tokens, _, kb, jb, part, _ = plan
@@ -326,14 +359,14 @@ def _plan(
         # Results that start amid the lanes are shifted there.
         buffers += 8 * tokens * q * (q % 128 > 0)
         # The compiler takes some more to keep what registers can't.
-        between += 0 if plan.streamed else 8 * part * t * lanes
+        between += 0 if plan.copies == "pieces" else 8 * part * t * lanes
         return buffers + factors + between * 9 // 8 <= vmem_budget()
 
     def quality(plan: Plan) -> Any:
         if not gradient:
             # Parts are pieces of every block of a factor: they serve to read it once for many tiles of tokens.
             in_pieces = plan.part < b2 and plan.tiles == 1
-            doubt = PIECES if in_pieces else OWN_CODE if plan.streamed else 1
+            doubt = PIECES if in_pieces else OWN_CODE if plan.copies == "pieces" else 1
             return -_cycles(plan, n, blocks, itemsize, factor_itemsize) * doubt
         # Fewer ranks than a matrix unit has rows leave most of it idle, fewer tokens only some.
         full = min(plan.part * t, 256, b2 * t), plan.tokens
@@ -344,10 +377,12 @@ def _plan(
 
 def _cycles(plan: Plan, n: int, blocks: Blocks, itemsize: int, factor_itemsize: int) -> float:
     """About what the plan takes: products after the first blocks have come and before the last has gone, or HBM."""
-    if plan.streamed:
-        return _streamed_cycles(plan, blocks, itemsize, factor_itemsize)
+    if plan.copies == "pieces":
+        return _cycles_in_pieces(plan, blocks, itemsize, factor_itemsize)
     tokens, tiles, kb, jb, part, _ = plan
     b1, b2, p, q, t = blocks
+    if (kb, jb) == (b1, b2):
+        return _cycles_in_tiles(plan, blocks, itemsize, factor_itemsize)
     tpu = target()
     parts, programs = b2 // part, b1 // kb + part // jb - 1
     x, a, b = itemsize * n * b1 * p, *(factor_itemsize * b1 * b2 * t * features for features in (p, q))
@@ -362,10 +397,26 @@ def _cycles(plan: Plan, n: int, blocks: Blocks, itemsize: int, factor_itemsize: 
     rounds = -(-tiles * parts // tpu.cores)
     products = rounds * sum(_product_cycles(tokens, blocks._replace(b2=part)))
     busy = max(products + ends / tpu.hbm_bytes_per_cycle, moved / tpu.cores / tpu.hbm_bytes_per_cycle)
-    return busy + rounds * (WHOLE_CYCLES if parts == programs == 1 else programs * PART_CYCLES)
+    return busy + rounds * programs * PART_CYCLES
 
 
-def _streamed_cycles(plan: Plan, blocks: Blocks, itemsize: int, factor_itemsize: int) -> float:
+def _cycles_in_tiles(plan: Plan, blocks: Blocks, itemsize: int, factor_itemsize: int) -> float:
+    """While a tile is multiplied, the next one comes, and the one before goes, or if programs copy them, the same."""
+    tpu, (b1, b2, p, q, t) = target(), blocks
+    steps = -(-plan.tiles // tpu.cores)
+    work = sum(_product_cycles(plan.tokens, blocks)) + WHOLE_CYCLES
+    come, go = (itemsize * plan.tokens * size / tpu.hbm_bytes_per_cycle for size in (b1 * p, b2 * q))
+    factors = factor_itemsize * b1 * b2 * t * (p + q) / tpu.hbm_bytes_per_cycle
+    comes = [come] * (steps - 1) + [0]
+    if plan.copies:
+        first = factors / factor_pieces(factor_itemsize * b1 * b2 * t * (p + q))
+        comes[0], goes, last = comes[0] + factors - first, [go] * steps, go / b2
+    else:
+        first, goes, last = factors, [0] + [go] * (steps - 1), go
+    return come + first + sum(max(work, c + g) for c, g in zip(comes, goes, strict=True)) + last
+
+
+def _cycles_in_pieces(plan: Plan, blocks: Blocks, itemsize: int, factor_itemsize: int) -> float:
     """While a piece is multiplied, the next one comes, and the one before goes."""
     n, (b1, b2, p, q, t) = plan.tokens, blocks
     inputs, outputs = growing(b1, plan.inputs), growing(b2, plan.outputs)[::-1]

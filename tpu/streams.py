@@ -1,11 +1,20 @@
 """Arrays that a kernel copies between HBM and VMEM itself, in pieces, each amid the work on another."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.tpu.tiles import cores
+
+# In how many pieces a factor is read at most, and bytes of both from which on it pays to read one piece more: waiting
+# for each divides what is scheduled.
+PIECES, PIECE = 4, 4 << 20
 
 
 class Stream(NamedTuple):
@@ -123,6 +132,87 @@ class Leaving(NamedTuple):
     def wait(self) -> None:
         for i in range(self.left.shape[0]):
             self._piece(i).wait()
+
+
+def in_tiles(
+    run: Callable[..., None], x_hbm: Any, a_hbm: Any, b_hbm: Any, o_hbm: Any, x_here: Any, a_here: Any, b_here: Any,
+    o_here: Any, x_arrived: Any, arrived: Any, left: Any, *, before: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
+    """run(x, a, b, o) with a tile of tokens in a program, which takes x from the one before and leaves o to one after.
+
+    The first program reads the factors amid its work, in code of its own.
+
+    Args:
+      x_here, a_here, b_here, o_here, x_arrived, arrived, left: `tile_buffers`.
+      before: what the first program does while x comes.
+    """
+    step, steps = pl.program_id(1), pl.num_programs(1)
+    first, tokens, earlier = step == 0, x_here.shape[1], pl.program_id(0) * steps
+    a, b = Arriving(a_hbm, a_here, arrived.at[0]), Arriving(b_hbm, b_here, arrived.at[1])
+
+    def tile(hbm: Any, i: Any) -> Any:
+        return hbm.at[pl.ds((earlier + i) * tokens, tokens)]
+
+    def x_of(i: Any) -> Any:
+        slot = lax.rem(i, jnp.int32(2))
+        return pltpu.make_async_copy(tile(x_hbm, i), x_here.at[slot], x_arrived.at[slot])
+
+    def result_of(i: Any) -> Leaving:
+        slot = lax.rem(i, jnp.int32(2))
+        return Leaving(tile(o_hbm, i), o_here.at[slot], left.at[slot])
+
+    @pl.when(first)
+    def _() -> None:
+        x_of(step).start()
+        a.start()
+        b.start()
+
+    pl.when(step + 1 < steps)(lambda: x_of(step + 1).start())
+
+    @pl.when(first)
+    def _() -> None:
+        before()
+        x_of(step).wait()
+        run(x_here.at[0], a, b, result_of(step))
+
+    @pl.when(~first)
+    def _() -> None:
+        x_of(step).wait()
+        pl.when(step > 1)(lambda: result_of(step - 2).wait())
+        run(x_here.at[lax.rem(step, jnp.int32(2))], a_here, b_here, result_of(step))
+
+    @pl.when(step == steps - 1)
+    def _() -> None:
+        pl.when(~first)(lambda: result_of(step - 1).wait())
+        result_of(step).wait()
+
+
+def tileable(n: int, tokens: int) -> bool:
+    """Whether `in_tiles` takes n tokens, so many at a time: as whole tiles, and one after another on each core."""
+    return n % tokens == 0 and n // tokens > cores()
+
+
+def tile_buffers(tokens: int, x: jax.Array, a: jax.Array, b: jax.Array, blocks: int, width: int) -> list[Any]:
+    """The scratch of `in_tiles`, for results of `blocks` blocks, so wide."""
+    sides = (pltpu.VMEM((2, tokens, columns), x.dtype) for columns in (x.shape[1], blocks * width))
+    x_here, o_here = sides
+    # Copies start and end at whole tiles of 128 columns, or take all.
+    together = 128 // math.gcd(width, 128)
+    left = blocks // together if blocks % together == 0 else 1
+    return [
+        x_here,
+        *(pltpu.VMEM(f.shape, f.dtype) for f in (a, b)),
+        o_here,
+        *(
+            pltpu.SemaphoreType.DMA(shape)
+            for shape in ((2,), (2, factor_pieces(a.nbytes + b.nbytes)), (2, left))
+        ),
+    ]
+
+
+def factor_pieces(nbytes: int) -> int:
+    """In how many pieces each of two factors of so many bytes is read."""
+    return min(PIECES, max(1, nbytes // PIECE))
 
 
 def growing(blocks: int, most: int) -> list[int]:
