@@ -406,10 +406,10 @@ def _cycles_in_tiles(plan: Plan, blocks: Blocks, itemsize: int, factor_itemsize:
     steps = -(-plan.tiles // tpu.cores)
     work = sum(_product_cycles(plan.tokens, blocks)) + WHOLE_CYCLES
     come, go = (itemsize * plan.tokens * size / tpu.hbm_bytes_per_cycle for size in (b1 * p, b2 * q))
-    factors = factor_itemsize * b1 * b2 * t * (p + q) / tpu.hbm_bytes_per_cycle
-    comes = [come] * (steps - 1) + [0]
+    a, b = (factor_itemsize * b1 * b2 * t * features for features in (p, q))
+    factors, comes = (a + b) / tpu.hbm_bytes_per_cycle, [come] * (steps - 1) + [0]
     if plan.copies:
-        first = factors / factor_pieces(factor_itemsize * b1 * b2 * t * (p + q))
+        first = a / min(factor_pieces(a + b), b1) / tpu.hbm_bytes_per_cycle
         comes[0], goes, last = comes[0] + factors - first, [go] * steps, go / b2
     else:
         first, goes, last = factors, [0] + [go] * (steps - 1), go
