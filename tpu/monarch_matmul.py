@@ -58,7 +58,7 @@ TOKENS = 1024
 # strided, which the estimate leaves out.
 PIECES = 1.2
 # And one whose programs all have code of their own, for pieces of their own sizes.
-OWN_CODE = 1.03
+OWN_CODE = 1.02
 # Bytes of factors, of one block, that XLA's two products may read faster than a kernel.
 LARGE = 12 << 20
 TOO_LARGE = "the factors of one block of the output don't fit in VMEM"
