@@ -32,6 +32,8 @@ from pallas_kernels.tpu.tiles import (
 
 # Rows of bfloat16 in a tile of registers.
 GRAIN = 16
+# Tokens that a program may take if others follow. Less of what lies between its factors was in VMEM at once then.
+LARGE_TILE = 512
 # More ranks a program add nothing but code.
 MOST_RANKS = 2048
 # With how few tokens, and on which TPUs, XLA's own products take no longer than to turn a factor, and the kernel then.
@@ -67,7 +69,7 @@ def _multiply(
     x: jax.Array, v: jax.Array, s: jax.Array, u: jax.Array, *, plan: Plan, blocks: Blocks, interpret: Any,
     streamed: bool,
 ) -> jax.Array:  # fmt: skip
-    """streamed: whether programs copy x, v, u and the result themselves: they start sooner, and end sooner.
+    """streamed: whether programs copy arguments and the result themselves: they start sooner, and end sooner.
 
     Else they get blocks, which a batch of factors can be cut into too.
     """
@@ -85,20 +87,25 @@ def _multiply(
     widths = ((b1, p), (b2, q))
     if streamed:
         body: Any = _in_tiles
-        x_spec = v_spec = u_spec = o_spec = pl.BlockSpec(memory_space=pl.ANY)
-        scratch = tile_buffers(tokens, x, v, u, b2, q)
+        x_spec = v_spec = s_spec = u_spec = o_spec = pl.BlockSpec(memory_space=pl.ANY)
+        scratch = [
+            pltpu.VMEM(s.shape, s.dtype),
+            pltpu.SemaphoreType.DMA(()),
+            *tile_buffers(tokens, x, v, u, b2, q),
+        ]
     else:
         body = _first_expands
         x_spec, o_spec = (pl.BlockSpec((tokens, b * width), at(lambda i, c: (i, 0))) for b, width in widths)
         v_spec, u_spec = (
             factor_spec((b, ranks, width), at(lambda i, c: (0, c, 0)), whole) for b, width in widths
         )
+        s_spec = factor_spec(s.shape, at(lambda i, c: (0, 0, 0)), True)
         scratch = [] if whole else [pltpu.VMEM((tokens, b2 * q), jnp.float32)]
     return launch(
         functools.partial(body, functools.partial(multiply_stacked, blocks=blocks, parts=parts)), x, v, s, u,
         platform="tpu", interpret=interpret, name="blast_matmul",
         grid=(divided, tiles // divided * parts),
-        in_specs=[x_spec, v_spec, factor_spec(s.shape, at(lambda i, c: (0, 0, 0)), True), u_spec],
+        in_specs=[x_spec, v_spec, s_spec, u_spec],
         out_specs=o_spec,
         out_shape=jax.ShapeDtypeStruct((n, b2 * q), x.dtype),
         scratch_shapes=[pltpu.VMEM(_matrices(blocks, plan), x.dtype), *scratch],
@@ -116,11 +123,17 @@ def _first_expands(
 
 
 def _in_tiles(
-    run: Any, x_hbm: Any, v_hbm: Any, s_ref: Any, u_hbm: Any, o_hbm: Any, m_ref: Any, *buffers: Any
-) -> None:
-    in_tiles(
-        lambda *refs: run(*refs, m_ref), x_hbm, v_hbm, u_hbm, o_hbm, *buffers, before=lambda: expand(s_ref, m_ref)
-    )  # fmt: skip
+    run: Any, x_hbm: Any, v_hbm: Any, s_hbm: Any, u_hbm: Any, o_hbm: Any, m_ref: Any, s_ref: Any, s_arrived: Any,
+    *buffers: Any,
+) -> None:  # fmt: skip
+    s = pltpu.make_async_copy(s_hbm, s_ref, s_arrived)
+    pl.when(pl.program_id(1) == 0)(s.start)
+
+    def expand_s() -> None:
+        s.wait()
+        expand(s_ref, m_ref)
+
+    in_tiles(lambda *refs: run(*refs, m_ref), x_hbm, v_hbm, u_hbm, o_hbm, *buffers, before=expand_s)
 
 
 def gradients(
@@ -205,7 +218,8 @@ def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradie
         parts = -(-r // ranks)
         if (gradient and r % GROUP == 0) or parts * ranks == -(-r // GRAIN) * GRAIN:
             choices.append((ranks, parts))
-    plans = [Plan(*tiles, *some) for tiles in token_tiles(n) for some in choices]
+    large = [(LARGE_TILE, n // LARGE_TILE)] if not gradient and tileable(n, LARGE_TILE) else []
+    plans = [Plan(*tiles, *some) for tiles in (*large, *token_tiles(n)) for some in choices]
     features = b1 * p + b2 * q
 
     def fit(plan: Plan) -> bool:
@@ -223,7 +237,8 @@ def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradie
             buffers += 2 * factors + 4 * tokens * b2 * q
         # The compiler rounds what is summed soon enough that no more than this lies in VMEM at once.
         between = (b1 + b2) * ranks * lanes * (2 * (4 + itemsize) if gradient else itemsize)
-        return buffers + between * 9 // 8 <= vmem_budget()
+        between = between * 4 // 5 if tokens == LARGE_TILE else between * 9 // 8
+        return buffers + between <= vmem_budget()
 
     def quality(plan: Plan) -> tuple[int, ...]:
         tokens, tiles, ranks, parts = plan

@@ -26,9 +26,9 @@ from pallas_kernels.kernels.monarch_matmul import (
 )
 from pallas_kernels.lowering import Work, launch
 from pallas_kernels.tpu.streams import (
+    PIECE,
     Stream,
     batchable,
-    factor_pieces,
     growing,
     in_tiles,
     tile_buffers,
@@ -408,12 +408,11 @@ def _cycles_in_tiles(plan: Plan, blocks: Blocks, itemsize: int, factor_itemsize:
     come, go = (itemsize * plan.tokens * size / tpu.hbm_bytes_per_cycle for size in (b1 * p, b2 * q))
     a, b = (factor_itemsize * b1 * b2 * t * features for features in (p, q))
     factors, comes = (a + b) / tpu.hbm_bytes_per_cycle, [come] * (steps - 1) + [0]
+    first, goes, last = come + factors, [0] + [go] * (steps - 1), go
     if plan.copies:
-        first = a / min(factor_pieces(a + b), b1) / tpu.hbm_bytes_per_cycle
-        comes[0], goes, last = comes[0] + factors - first, [go] * steps, go / b2
-    else:
-        first, goes, last = factors, [0] + [go] * (steps - 1), go
-    return come + first + sum(max(work, c + g) for c, g in zip(comes, goes, strict=True)) + last
+        first = (come + a / tpu.hbm_bytes_per_cycle) * min(1, max(1 / b1, PIECE / a))
+        comes[0], goes, last = comes[0] + come + factors - first, [go] * steps, go / b2
+    return first + sum(max(work, c + g) for c, g in zip(comes, goes, strict=True)) + last
 
 
 def _cycles_in_pieces(plan: Plan, blocks: Blocks, itemsize: int, factor_itemsize: int) -> float:

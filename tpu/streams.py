@@ -12,9 +12,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu.tiles import cores
 
-# In how many pieces a factor is read at most, and bytes of both from which on it pays to read one piece more: waiting
-# for each divides what is scheduled.
-PIECES, PIECE = 4, 4 << 20
+# Bytes of the first piece of an array at least: waiting for each divides what is scheduled.
+PIECE = 1 << 20
 
 
 class Stream(NamedTuple):
@@ -69,36 +68,42 @@ class Stream(NamedTuple):
 
 
 class Arriving(NamedTuple):
-    """Blocks on their way from HBM to VMEM, in a piece for each semaphore: to take the first of a piece is to wait."""
+    """Blocks on their way from HBM to VMEM, in pieces: to take the first of a piece is to wait.
+
+    pieces, axis, width: as in `Stream`; blocks along the second axis are taken as slices of its columns.
+    """
 
     there: Any
     here: Any
     arrived: Any
+    pieces: Sequence[int]
+    axis: int = 0
+    width: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.here.shape
 
     @property
-    def _size(self) -> int:
-        """Blocks of a piece."""
-        return -(-len(self.here) // self.arrived.shape[0])
+    def dtype(self) -> Any:
+        return self.here.dtype
 
-    def _piece(self, block: int) -> Any:
-        """The copy of the piece that starts with a block."""
-        part = pl.ds(block, min(self._size, len(self.here) - block))
-        return pltpu.make_async_copy(
-            self.there.at[part], self.here.at[part], self.arrived.at[block // self._size]
-        )
+    def start(self, piece: int) -> None:
+        """Let a piece come, if there is one."""
+        if piece < len(self.pieces):
+            self._copy(piece).start()
 
-    def start(self) -> None:
-        for block in range(0, len(self.here), self._size):
-            self._piece(block).start()
+    def __getitem__(self, at: Any) -> jax.Array:  # pyright: ignore[reportIncompatibleMethodOverride]
+        block = at[1].start // self.width if self.axis else at
+        firsts = [sum(self.pieces[:piece]) for piece in range(len(self.pieces))]
+        if block in firsts:
+            self._copy(firsts.index(block)).wait()
+        return self.here[at]
 
-    def __getitem__(self, block: int) -> jax.Array:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if block % self._size == 0:
-            self._piece(block).wait()
-        return self.here[block]
+    def _copy(self, piece: int) -> Any:
+        part = pl.ds(sum(self.pieces[:piece]) * self.width, self.pieces[piece] * self.width)
+        there, here = (ref.at[(slice(None),) * self.axis + (part,)] for ref in (self.there, self.here))
+        return pltpu.make_async_copy(there, here, self.arrived.at[piece])
 
 
 class Leaving(NamedTuple):
@@ -140,15 +145,14 @@ def in_tiles(
 ) -> None:  # fmt: skip
     """run(x, a, b, o) with a tile of tokens in a program, which takes x from the one before and leaves o to one after.
 
-    The first program reads the factors amid its work, in code of its own.
+    The first program reads x and the factors amid its work, in code of its own.
 
     Args:
       x_here, a_here, b_here, o_here, x_arrived, arrived, left: `tile_buffers`.
-      before: what the first program does while x comes.
+      before: what the first program does while these come.
     """
     step, steps = pl.program_id(1), pl.num_programs(1)
     first, tokens, earlier = step == 0, x_here.shape[1], pl.program_id(0) * steps
-    a, b = Arriving(a_hbm, a_here, arrived.at[0]), Arriving(b_hbm, b_here, arrived.at[1])
 
     def tile(hbm: Any, i: Any) -> Any:
         return hbm.at[pl.ds((earlier + i) * tokens, tokens)]
@@ -161,19 +165,26 @@ def in_tiles(
         slot = lax.rem(i, jnp.int32(2))
         return Leaving(tile(o_hbm, i), o_here.at[slot], left.at[slot])
 
+    width = x_here.shape[2] // len(a_here)
+    inputs, outputs = _first_pieces(a_here, width), _halves(b_here)
+    x = Arriving(tile(x_hbm, 0), x_here.at[0], arrived.at[0], inputs, axis=1, width=width)
+    a = Arriving(a_hbm, a_here, arrived.at[1], inputs)
+    b = Arriving(b_hbm, b_here, arrived.at[2], outputs)
+
     @pl.when(first)
     def _() -> None:
-        x_of(step).start()
-        a.start()
-        b.start()
+        for piece in range(len(inputs)):
+            x.start(piece)
+            a.start(piece)
+        for piece in range(len(outputs)):
+            b.start(piece)
 
     pl.when(step + 1 < steps)(lambda: x_of(step + 1).start())
 
     @pl.when(first)
     def _() -> None:
         before()
-        x_of(step).wait()
-        run(x_here.at[0], a, b, result_of(step))
+        run(x, a, b, result_of(step))
 
     @pl.when(~first)
     def _() -> None:
@@ -185,6 +196,26 @@ def in_tiles(
     def _() -> None:
         pl.when(~first)(lambda: result_of(step - 1).wait())
         result_of(step).wait()
+
+
+def _first_pieces(factor: Any, width: int) -> list[int]:
+    """The pieces that a factor is read in, with blocks of x so wide: of `PIECE` bytes, of twice that, and the rest."""
+    blocks = len(factor)
+    if width % 128:
+        return [blocks]
+    first = min(-(-PIECE * blocks // _nbytes(factor)), blocks)
+    second = min(2 * first, blocks - first)
+    return [piece for piece in (first, second, blocks - first - second) if piece]
+
+
+def _halves(factor: Any) -> list[int]:
+    """The pieces that a factor is read in, which there is more time for."""
+    blocks = len(factor)
+    return [blocks // 2, blocks - blocks // 2] if blocks > 1 and _nbytes(factor) >= 4 * PIECE else [blocks]
+
+
+def _nbytes(ref: Any) -> int:
+    return math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize
 
 
 def tileable(n: int, tokens: int) -> bool:
@@ -203,16 +234,8 @@ def tile_buffers(tokens: int, x: jax.Array, a: jax.Array, b: jax.Array, blocks: 
         x_here,
         *(pltpu.VMEM(f.shape, f.dtype) for f in (a, b)),
         o_here,
-        *(
-            pltpu.SemaphoreType.DMA(shape)
-            for shape in ((2,), (2, factor_pieces(a.nbytes + b.nbytes)), (2, left))
-        ),
+        *(pltpu.SemaphoreType.DMA(shape) for shape in ((2,), (3, 3), (2, left))),
     ]
-
-
-def factor_pieces(nbytes: int) -> int:
-    """In how many pieces each of two factors of so many bytes is read."""
-    return min(PIECES, max(1, nbytes // PIECE))
 
 
 def growing(blocks: int, most: int) -> list[int]:

@@ -29,7 +29,7 @@ def multiply_stacked(
     """
     part = lax.rem(pl.program_id(1), jnp.int32(parts)) if parts > 1 else 0
     ranks, dtype = v_ref.shape[1], x_ref.dtype
-    y = _projected(x_ref[...], v_ref, blocks.b1)
+    y = _projected(x_ref, v_ref, blocks.b1)
     z = _mixed(_part(m_ref, part, parts), y, 2)
     outs = (
         dot(z_j, u_ref[j].astype(dtype), 0, 0) for j, z_j in enumerate(_ungrouped(z, blocks.b2, ranks, dtype))
@@ -140,9 +140,9 @@ def _columns(block: int, width: int) -> slice:
     return slice(block * width, (block + 1) * width)
 
 
-def _projected(x: jax.Array, v_ref: Any, count: int) -> list[jax.Array]:
-    """For each group the ranks of all blocks of x, (count GROUP, n)."""
-    (_, r, p), n = v_ref.shape, len(x)
+def _projected(x: Any, v_ref: Any, count: int) -> list[jax.Array]:
+    """For each group the ranks of all blocks of x, an array or a Ref, as (count GROUP, n)."""
+    (_, r, p), n = v_ref.shape, x.shape[0]
     groups = -(-r // GROUP)
     ys = [dot(v_ref[k].astype(x.dtype), x[:, _columns(k, p)], 1, 1) for k in range(count)]
     grouped = jnp.stack([_grouped(y, groups) for y in ys], 1).reshape(groups, count * GROUP, n)
