@@ -219,8 +219,8 @@ def _nbytes(ref: Any) -> int:
 
 
 def tileable(n: int, tokens: int) -> bool:
-    """Whether `in_tiles` takes n tokens, so many at a time: as whole tiles, and one after another on each core."""
-    return n % tokens == 0 and n // tokens > cores()
+    """Whether `in_tiles` takes n tokens, so many at a time: in whole tiles, on each core as many, and more than one."""
+    return n % (tokens * cores()) == 0 and n > tokens * cores()
 
 
 def tile_buffers(tokens: int, x: jax.Array, a: jax.Array, b: jax.Array, blocks: int, width: int) -> list[Any]:
