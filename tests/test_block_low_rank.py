@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -18,6 +19,7 @@ from pallas_kernels import aot, lowering, testing
 from pallas_kernels.aot._programs import described, pallas_calls, work_of
 from pallas_kernels.blocks import Blocks, blast_work, monarch_work, powers_of_two
 from pallas_kernels.gpu import blast_matmul as gpu_blast
+from pallas_kernels.kernels.blast_matmul import GROUP, expand
 from pallas_kernels.operators import operators
 from pallas_kernels.ops import _block_low_rank, blast_matmul, low_rank_matmul, monarch_matmul
 from pallas_kernels.ops._block_low_rank import LAYERS
@@ -155,6 +157,18 @@ def test_plans_of_blast_on_a_tpu(cores, monkeypatch, random):
     assert_close(run(x, v, s, u), expected)
     got = tpu_blast.gradients(x, g, v, s, u, blocks=blocks, interpret=True)
     assert_close(got, backward(g)[1:])
+
+
+@pytest.mark.parametrize(("b1", "b2", "r"), [(16, 16, 128), (8, 32, 256), (16, 8, 40), (5, 3, 21)])
+def test_what_mixes_ranks_in_a_matrix_unit(b1, b2, r, random):
+    """Of many blocks and of whole registers of ranks some is made by shuffles, else all of it by products."""
+    s = random.standard_normal((b2, b1, r), np.float32)
+    expected = np.zeros((-(-r // GROUP), b2 * GROUP, b1 * GROUP), np.float32)
+    for rank in range(r):
+        group, i = divmod(rank, GROUP)
+        expected[group, i::GROUP, i::GROUP] = s[:, :, rank]
+    shape = jax.ShapeDtypeStruct(expected.shape, expected.dtype)
+    np.testing.assert_array_equal(pl.pallas_call(expand, shape, interpret=True)(s), expected)
 
 
 @pytest.mark.parametrize("cores", [1, 2])

@@ -6,6 +6,7 @@ import json
 from functools import partial
 from typing import Any
 
+import jax
 import pytest
 import triton
 from triton.backends.compiler import GPUTarget
@@ -86,6 +87,31 @@ def test_a_kernel_that_somebody_asks_for_compiles(target: str) -> None:
     reports = list(aot.compile_many(jobs, workers=1, estimate=False))
     assert {k.name for r in reports for k in r.kernels} == KERNELS["monarch_matmul"]
     assert not any(r.error or k.error or k.spill_bytes for r in reports for k in r.kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "blocks, size, rank, dtype, target",
+    [(16, 128, 1280, "bfloat16", "7x"), (1, 4096, 2048, "bfloat16", "v5e"), (4, 512, 2048, "float32", "v5e")],
+    ids=["512 tokens", "a large block", "split into parts"],
+)
+def test_vmem_holds_what_the_compiler_adds(
+    blocks: int, size: int, rank: int, dtype: str, target: str
+) -> None:
+    """Each took up to 20 MB more VMEM than there is."""
+    shapes = (1024, blocks * size), (blocks, rank, size), (blocks, blocks, rank), (blocks, rank, size)
+    args = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    report = aot.compile(operators()["blast_matmul"].function, *args, target=target, estimate=False)
+    assert report.compiled, report.error
+
+
+@pytest.mark.slow
+def test_vmem_holds_the_parts_that_float32_is_split_into() -> None:
+    """The gradients of a layer of 4096 features on v4: with 64 tokens in a program they didn't fit."""
+    x, w1, w2 = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((1024, 4096), *2 * [(16, 1024, 256)]))
+    gradients = jax.grad(lambda *args: operators()["monarch_matmul"].function(*args).sum(), (0, 1, 2))
+    report = aot.compile(gradients, x, w1, w2, target="v4", estimate=False)
+    assert report.compiled, report.error
 
 
 @pytest.mark.parametrize(

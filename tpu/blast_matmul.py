@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.blocks import Blocks, blast_work
 from pallas_kernels.kernels.blast_matmul import GROUP, expand, gradients_stacked, multiply_stacked
 from pallas_kernels.lowering import Work, launch
-from pallas_kernels.tpu.streams import batchable, in_tiles, tile_buffers, tileable
+from pallas_kernels.tpu.streams import batchable, halves, in_tiles, tile_buffers, tileable
 from pallas_kernels.tpu.tiles import (
     PARTS,
     cores,
@@ -32,14 +32,17 @@ from pallas_kernels.tpu.tiles import (
 
 # Rows of bfloat16 in a tile of registers.
 GRAIN = 16
-# Tokens that a program may take if others follow. Less of what lies between its factors was in VMEM at once then.
+# Tokens that a program may take if others follow: more than 256 save waits, but the compiler has only been seen to keep
+# less than all of what lies between the factors in VMEM for this many.
 LARGE_TILE = 512
+# Bytes of the largest block of a factor that programs wait for amid their work.
+LARGE_BLOCK = 2 << 20
 # More ranks a program add nothing but code.
 MOST_RANKS = 2048
 # With how few tokens, and on which TPUs, XLA's own products take no longer than to turn a factor, and the kernel then.
 # On v4 they take longer.
 FEW_TOKENS, FEW_TOKENS_ON = 512, ("v5e", "v6e")
-# Bytes of factors that are large.
+# Bytes of factors from which on one takes long to turn.
 LONG_TO_TURN = 4 << 20
 TOO_LARGE = f"{GRAIN} ranks of all blocks don't fit in VMEM"
 
@@ -60,7 +63,8 @@ def multiply(
     dtype = x.dtype
     x, v, s, u, plan = _planned(x, v, s, u, blocks, gradient=False)
     run = functools.partial(_multiply, plan=plan, blocks=blocks, interpret=interpret)
-    if plan.parts > 1 or not tileable(len(x), plan.tokens):
+    copies = plan.parts == 1 and _copies(plan.ranks, blocks, v.dtype.itemsize)
+    if not (copies and tileable(len(x), plan.tokens)):
         return run(x, v, s, u, streamed=False).astype(dtype)
     return batchable(run, x, v, s, u, interpret=interpret).astype(dtype)
 
@@ -86,7 +90,7 @@ def _multiply(
 
     widths = ((b1, p), (b2, q))
     if streamed:
-        body: Any = _in_tiles
+        body: Any = functools.partial(_in_tiles, tokens=tokens)
         x_spec = v_spec = s_spec = u_spec = o_spec = pl.BlockSpec(memory_space=pl.ANY)
         scratch = [
             pltpu.VMEM(s.shape, s.dtype),
@@ -124,7 +128,7 @@ def _first_expands(
 
 def _in_tiles(
     run: Any, x_hbm: Any, v_hbm: Any, s_hbm: Any, u_hbm: Any, o_hbm: Any, m_ref: Any, s_ref: Any, s_arrived: Any,
-    *buffers: Any,
+    *buffers: Any, tokens: int,
 ) -> None:  # fmt: skip
     s = pltpu.make_async_copy(s_hbm, s_ref, s_arrived)
     pl.when(pl.program_id(1) == 0)(s.start)
@@ -133,7 +137,10 @@ def _in_tiles(
         s.wait()
         expand(s_ref, m_ref)
 
-    in_tiles(lambda *refs: run(*refs, m_ref), x_hbm, v_hbm, u_hbm, o_hbm, *buffers, before=expand_s)
+    # A large tile is mixed for so long that all of u has come.
+    outputs = [len(u_hbm)] if tokens == LARGE_TILE else halves(u_hbm)
+    run_mixed = functools.partial(run, m_ref=m_ref)
+    in_tiles(run_mixed, x_hbm, v_hbm, u_hbm, o_hbm, *buffers, outputs=outputs, before=expand_s)
 
 
 def gradients(
@@ -218,7 +225,8 @@ def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradie
         parts = -(-r // ranks)
         if (gradient and r % GROUP == 0) or parts * ranks == -(-r // GRAIN) * GRAIN:
             choices.append((ranks, parts))
-    large = [(LARGE_TILE, n // LARGE_TILE)] if not gradient and tileable(n, LARGE_TILE) else []
+    can_copy = not gradient and _copies(r, blocks, factor_itemsize)
+    large = [(LARGE_TILE, n // LARGE_TILE)] if can_copy and tileable(n, LARGE_TILE) else []
     plans = [Plan(*tiles, *some) for tiles in (*large, *token_tiles(n)) for some in choices]
     features = b1 * p + b2 * q
 
@@ -232,12 +240,15 @@ def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradie
             # The gradients of s may be in float32.
             buffers += 4 * factors + 4 * ranks * features + 4 * mixing + 8 * s
         elif parts == 1:
-            buffers += factors
+            waits = can_copy and tileable(n, tokens)
+            # The compiler splits float32 into parts, of as many bytes: those of factors that are there it keeps.
+            split = min(4 * ranks * max(p, q) * factor_itemsize, factors) if waits else factors
+            buffers += factors + split * (factor_itemsize == 4)
         else:
             buffers += 2 * factors + 4 * tokens * b2 * q
         # The compiler rounds what is summed soon enough that no more than this lies in VMEM at once.
         between = (b1 + b2) * ranks * lanes * (2 * (4 + itemsize) if gradient else itemsize)
-        between = between * 4 // 5 if tokens == LARGE_TILE else between * 9 // 8
+        between = between * 17 // 20 if tokens == LARGE_TILE else between * 9 // 8
         return buffers + between <= vmem_budget()
 
     def quality(plan: Plan) -> tuple[int, ...]:
@@ -255,6 +266,11 @@ def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradie
         return (*full, -max(PARTS, parts), parts) if tiles == 1 else (*full, ranks)
 
     return max(filter(fit, plans), key=quality, default=None)
+
+
+def _copies(ranks: int, blocks: Blocks, factor_itemsize: int) -> bool:
+    """Whether programs may wait for blocks of the factors: of large ones the compiler would keep copies then."""
+    return ranks * max(blocks.p, blocks.q) * factor_itemsize <= LARGE_BLOCK
 
 
 def _factor_bytes(blocks: Blocks, factor_itemsize: int) -> int:

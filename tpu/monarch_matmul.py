@@ -30,6 +30,7 @@ from pallas_kernels.tpu.streams import (
     Stream,
     batchable,
     growing,
+    halves,
     in_tiles,
     tile_buffers,
     tileable,
@@ -200,7 +201,7 @@ def _in_tiles(
         project_stacked(x, a, None, y_ref, 0, b1, axis=features[0])
         expand_stacked(y_ref, b, o, 0, b2, axis=features[1])
 
-    in_tiles(run, x_hbm, a_hbm, b_hbm, o_hbm, *buffers)
+    in_tiles(run, x_hbm, a_hbm, b_hbm, o_hbm, *buffers, outputs=halves(b_hbm))
 
 
 def _in_pieces(
@@ -352,14 +353,21 @@ def _plan(
         if gradient:
             ranks = b1 * part * t
             factors = (4 + 4 * factor_itemsize) * ranks * (p + q)
+            # The compiler splits float32 into parts, three of x and g, and keeps them.
+            buffers += (12 * tokens * (b1 * p + part * q) + 4 * ranks * (p + q)) * (itemsize == 4)
             return buffers + factors + ranks * lanes * (4 + 2 * itemsize) <= vmem_budget()
         a, b = (1 if whole else 2 for whole in ((kb, part) == (b1, b2), jb == b2))
         factors = factor_itemsize * t * (a * kb * part * p + b * jb * b1 * q)
         between = b1 * part * -(-t // 16) * 16 * lanes * (4 if t % 16 else itemsize)
+        if itemsize == 4 and not plan.copies and (kb, jb, part) != (b1, b2, b2):
+            # Parts that float32 is split into are kept where a program has some blocks.
+            buffers += 4 * tokens * (kb * p + jb * q) + 4 * t * (kb * part * p + jb * b1 * q) + between
         # Results that start amid the lanes are shifted there.
         buffers += 8 * tokens * q * (q % 128 > 0)
         # The compiler takes some more to keep what registers can't.
         between += 0 if plan.copies == "pieces" else 8 * part * t * lanes
+        # Of a block that is waited for it keeps copies.
+        factors += 2 * factor_itemsize * t * max(b2 * p, b1 * q) * (plan.copies == "tiles")
         return buffers + factors + between * 9 // 8 <= vmem_budget()
 
     def quality(plan: Plan) -> Any:
@@ -401,7 +409,7 @@ def _cycles(plan: Plan, n: int, blocks: Blocks, itemsize: int, factor_itemsize: 
 
 
 def _cycles_in_tiles(plan: Plan, blocks: Blocks, itemsize: int, factor_itemsize: int) -> float:
-    """While a tile is multiplied, the next one comes, and the one before goes, or if programs copy them, the same."""
+    """While a tile is multiplied, the next one comes, and the one before goes, or the same if programs copy theirs."""
     tpu, (b1, b2, p, q, t) = target(), blocks
     steps = -(-plan.tiles // tpu.cores)
     work = sum(_product_cycles(plan.tokens, blocks)) + WHOLE_CYCLES

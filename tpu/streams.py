@@ -68,7 +68,7 @@ class Stream(NamedTuple):
 
 
 class Arriving(NamedTuple):
-    """Blocks on their way from HBM to VMEM, in pieces: to take the first of a piece is to wait.
+    """Blocks on their way from HBM to VMEM, in pieces: to take the first block of a piece is to wait for the piece.
 
     pieces, axis, width: as in `Stream`; blocks along the second axis are taken as slices of its columns.
     """
@@ -107,7 +107,9 @@ class Arriving(NamedTuple):
 
 
 class Leaving(NamedTuple):
-    """A tile on its way from VMEM to HBM, in a piece of its columns for each semaphore: to write the last is to start.
+    """A tile on its way from VMEM to HBM, in a piece of its columns for each semaphore.
+
+    Blocks are written in order, and the last of a piece lets the piece go.
 
     there, here: Refs of the tile.
     """
@@ -135,13 +137,15 @@ class Leaving(NamedTuple):
             self._piece(at[1].stop // self._width - 1).start()
 
     def wait(self) -> None:
+        """Until all of it has gone."""
         for i in range(self.left.shape[0]):
             self._piece(i).wait()
 
 
 def in_tiles(
     run: Callable[..., None], x_hbm: Any, a_hbm: Any, b_hbm: Any, o_hbm: Any, x_here: Any, a_here: Any, b_here: Any,
-    o_here: Any, x_arrived: Any, arrived: Any, left: Any, *, before: Callable[[], None] = lambda: None,
+    o_here: Any, x_arrived: Any, arrived: Any, left: Any, *, outputs: Sequence[int],
+    before: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
     """run(x, a, b, o) with a tile of tokens in a program, which takes x from the one before and leaves o to one after.
 
@@ -149,6 +153,7 @@ def in_tiles(
 
     Args:
       x_here, a_here, b_here, o_here, x_arrived, arrived, left: `tile_buffers`.
+      outputs: the pieces that b is read in.
       before: what the first program does while these come.
     """
     step, steps = pl.program_id(1), pl.num_programs(1)
@@ -166,7 +171,7 @@ def in_tiles(
         return Leaving(tile(o_hbm, i), o_here.at[slot], left.at[slot])
 
     width = x_here.shape[2] // len(a_here)
-    inputs, outputs = _first_pieces(a_here, width), _halves(b_here)
+    inputs = _first_pieces(a_here, width)
     x = Arriving(tile(x_hbm, 0), x_here.at[0], arrived.at[0], inputs, axis=1, width=width)
     a = Arriving(a_hbm, a_here, arrived.at[1], inputs)
     b = Arriving(b_hbm, b_here, arrived.at[2], outputs)
@@ -208,8 +213,8 @@ def _first_pieces(factor: Any, width: int) -> list[int]:
     return [piece for piece in (first, second, blocks - first - second) if piece]
 
 
-def _halves(factor: Any) -> list[int]:
-    """The pieces that a factor is read in, which there is more time for."""
+def halves(factor: Any) -> list[int]:
+    """The pieces that a factor is read in if another is needed before it: each wait costs, and there is time."""
     blocks = len(factor)
     return [blocks // 2, blocks - blocks // 2] if blocks > 1 and _nbytes(factor) >= 4 * PIECE else [blocks]
 
@@ -225,8 +230,7 @@ def tileable(n: int, tokens: int) -> bool:
 
 def tile_buffers(tokens: int, x: jax.Array, a: jax.Array, b: jax.Array, blocks: int, width: int) -> list[Any]:
     """The scratch of `in_tiles`, for results of `blocks` blocks, so wide."""
-    sides = (pltpu.VMEM((2, tokens, columns), x.dtype) for columns in (x.shape[1], blocks * width))
-    x_here, o_here = sides
+    x_here, o_here = (pltpu.VMEM((2, tokens, columns), x.dtype) for columns in (x.shape[1], blocks * width))
     # Copies start and end at whole tiles of 128 columns, or take all.
     together = 128 // math.gcd(width, 128)
     left = blocks // together if blocks % together == 0 else 1

@@ -17,6 +17,8 @@ from pallas_kernels.blocks import Blocks
 from pallas_kernels.kernels.monarch_matmul import dot, tile_of
 
 GROUP = 8
+# Numbers of a row of a register of TPUs.
+LANES = 128
 
 
 def multiply_stacked(
@@ -95,15 +97,18 @@ def gradients_stacked(
 def expand(s_ref: Any, m_ref: Any) -> None:
     """Write s (b2, b1, r) as matrices (r / GROUP, b2 GROUP, b1 GROUP), diagonal in a group."""
     b2, b1, r = s_ref.shape
-    # As many output blocks at once as fill a wide matrix unit.
-    at_once = next(m for m in range(max(1, 256 // (b1 * GROUP)), 0, -1) if b2 % m == 0)
+    # As many output blocks at once as matrix units multiply by without a pause.
+    at_once = next(m for m in range(max(1, 512 // (b1 * GROUP)), 0, -1) if b2 % m == 0)
     spread, kept = _spread(at_once * b1, s_ref.dtype), _diagonal(r, at_once * b1)
-    blocks = []
     for j in range(0, b2, at_once):
         rows = s_ref[j : j + at_once].reshape(at_once * b1, r)
-        spread_rows = jnp.where(kept, dot(rows, spread, 0, 0), 0)
-        blocks += [_grouped(spread_rows[:, _columns(i, b1 * GROUP)], len(m_ref)) for i in range(at_once)]
-    m_ref[...] = jnp.stack(blocks, 1).reshape(m_ref.shape).astype(m_ref.dtype)
+        whole = len(rows) * GROUP % LANES == r % LANES == 0 and len(rows) < LANES
+        # Lanes are shuffled while matrix units multiply.
+        spread_rows = _shuffled(rows) if whole and j // at_once % 2 else dot(rows, spread, 0, 0)
+        spread_rows = jnp.where(kept, spread_rows, 0)
+        for i in range(at_once):
+            block = _grouped(spread_rows[:, _columns(i, b1 * GROUP)], len(m_ref))
+            m_ref[:, _columns(j + i, GROUP)] = block.astype(m_ref.dtype)
 
 
 def _contract(m_ref: Any, s_ref: Any) -> None:
@@ -120,6 +125,16 @@ def _spread(count: int, dtype: Any) -> jax.Array:
     shape = (count, count * GROUP)
     column = lax.div(lax.broadcasted_iota(jnp.int32, shape, 1), jnp.int32(GROUP))
     return (column == lax.broadcasted_iota(jnp.int32, shape, 0)).astype(dtype)
+
+
+def _shuffled(rows: jax.Array) -> jax.Array:
+    """The columns of the transpose, each GROUP times, by moving numbers between the LANES lanes of registers."""
+    count, r = rows.shape
+    filled = jnp.concatenate([rows.astype(jnp.float32), jnp.zeros((LANES - count, r), jnp.float32)], 0).T
+    source = lax.div(lax.broadcasted_iota(jnp.int32, (r, LANES), 1), jnp.int32(GROUP))
+    firsts = range(0, count, LANES // GROUP)
+    taken = (jnp.take_along_axis(filled, first + source, 1, mode="promise_in_bounds") for first in firsts)
+    return jnp.concatenate([*taken], 1)
 
 
 def _diagonal(ranks: int, count: int) -> jax.Array:
