@@ -106,11 +106,20 @@ def test_vmem_holds_what_the_compiler_adds(
 
 
 @pytest.mark.slow
-def test_vmem_holds_the_parts_that_float32_is_split_into() -> None:
-    """The gradients of a layer of 4096 features on v4: with 64 tokens in a program they didn't fit."""
-    x, w1, w2 = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((1024, 4096), *2 * [(16, 1024, 256)]))
-    gradients = jax.grad(lambda *args: operators()["monarch_matmul"].function(*args).sum(), (0, 1, 2))
-    report = aot.compile(gradients, x, w1, w2, target="v4", estimate=False)
+@pytest.mark.parametrize(
+    "operator, shapes",
+    [
+        ("monarch_matmul", [(16, 1024, 256), (16, 1024, 256)]),
+        ("blast_matmul", [(16, 128, 256), (16, 16, 128), (16, 128, 256)]),
+    ],
+)
+def test_vmem_holds_the_parts_that_float32_is_split_into(
+    operator: str, shapes: list[tuple[int, ...]]
+) -> None:
+    """Gradients of layers of 4096 features took more VMEM than v4 has."""
+    args = [jax.ShapeDtypeStruct(shape, "float32") for shape in ((1024, 4096), *shapes)]
+    gradients = jax.grad(lambda *args: operators()[operator].function(*args).sum(), range(len(args)))
+    report = aot.compile(gradients, *args, target="v4", estimate=False)
     assert report.compiled, report.error
 
 

@@ -234,11 +234,14 @@ def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradie
         tokens, _, ranks, parts = plan
         lanes = -(-tokens // 128) * 128
         factors = ranks * features * factor_itemsize
-        mixing, s = math.prod(_matrices(blocks, plan)), b1 * b2 * ranks * parts
+        *matrices, columns = _matrices(blocks, plan)
+        mixing, s = math.prod(matrices) * -(-columns // 128) * 128, b1 * b2 * ranks * parts
         buffers = 2 * tokens * features * itemsize + (mixing + s) * itemsize
         if gradient:
             # The gradients of s may be in float32.
             buffers += 4 * factors + 4 * ranks * features + 4 * mixing + 8 * s
+            # The compiler splits float32 into parts, of as many bytes or twice that, and keeps them.
+            buffers += (16 * tokens * features + factors) * (itemsize == 4)
         elif parts == 1:
             waits = can_copy and tileable(n, tokens)
             # The compiler splits float32 into parts, of as many bytes: those of factors that are there it keeps.
