@@ -237,18 +237,19 @@ def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradie
         *matrices, columns = _matrices(blocks, plan)
         mixing, s = math.prod(matrices) * -(-columns // 128) * 128, b1 * b2 * ranks * parts
         buffers = 2 * tokens * features * itemsize + (mixing + s) * itemsize
+        # The compiler splits float32 into parts, and keeps those of x, and of factors unless they come one by one.
+        waits = parts == 1 and can_copy and factor_itemsize == 4 and tileable(n, tokens)
+        split = 4 * ranks * min(4 * max(p, q) if waits else features, features)
         if gradient:
             # The gradients of s may be in float32.
             buffers += 4 * factors + 4 * ranks * features + 4 * mixing + 8 * s
-            # The compiler splits float32 into parts, of as many bytes or twice that, and keeps them.
-            buffers += (16 * tokens * features + factors) * (itemsize == 4)
+            split += 16 * tokens * features
         elif parts == 1:
-            waits = can_copy and tileable(n, tokens)
-            # The compiler splits float32 into parts, of as many bytes: those of factors that are there it keeps.
-            split = min(4 * ranks * max(p, q) * factor_itemsize, factors) if waits else factors
-            buffers += factors + split * (factor_itemsize == 4)
+            buffers += factors
         else:
             buffers += 2 * factors + 4 * tokens * b2 * q
+            split += 8 * tokens * features
+        buffers += split * (itemsize == 4)
         # The compiler rounds what is summed soon enough that no more than this lies in VMEM at once.
         between = (b1 + b2) * ranks * lanes * (2 * (4 + itemsize) if gradient else itemsize)
         between = between * 17 // 20 if tokens == LARGE_TILE else between * 9 // 8
