@@ -42,12 +42,12 @@ BY = ", by "
 LEAST_BESIDE_DENSE = {
     ("v5e", "monarch_matmul", ""): 1.7,
     ("v5e", "monarch_matmul", "Llama-7B qkvo"): 2,
-    ("v5e", "blast_matmul", ""): 1.59,
+    ("v5e", "blast_matmul", ""): 1.6,
     ("v5e", "low_rank_matmul", ""): 1.69,
     ("v6e", "monarch_matmul", ""): 1.64,
     ("v6e", "monarch_matmul", "Llama-7B qkvo"): 2,
     ("v6e", "monarch_matmul", "GPT-2 c_fc"): 3.3,
-    ("v6e", "blast_matmul", ""): 1.37,
+    ("v6e", "blast_matmul", ""): 1.47,
     ("v6e", "blast_matmul", "GPT-2 c_fc"): 3.2,
     ("v6e", "low_rank_matmul", ""): 1.6,
 }
