@@ -467,6 +467,7 @@ def test_a_tpu_takes_the_kernel_however_little_there_is_to_do(name, tokens, rand
         ("low_rank_matmul", "1B up N384", "v5e", True),
         ("low_rank_matmul", "1B up N1 ", "v5e", True),
         ("low_rank_matmul", "1B qo N197", "v5e", True),
+        ("low_rank_matmul", "GPT-2 c_proj N384", "v6e", True),  # of which a program takes 128 tokens
         (
             "blast_matmul",
             "7B gate N384",

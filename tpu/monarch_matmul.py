@@ -454,13 +454,15 @@ def slower(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int) -> str |
     plan = _plan(n, blocks, itemsize, factor_itemsize, gradient=False)
     if blocks.b1 * blocks.b2 > 1 or plan is None:
         return None
-    if plan.tokens < min(n, matrix_width()):
-        return "beside factors that large VMEM holds too few tokens for a matrix unit"
     factors, tpu = blocks.rank * (blocks.p + blocks.q), target()
+    large = factors * factor_itemsize >= LARGE
+    # Half of a wide matrix unit's lanes may be filled by choice.
+    if plan.tokens < min(n, matrix_width() if large else 128):
+        return "beside factors that large VMEM holds too few tokens for a matrix unit"
     waits = factors * factor_itemsize / tpu.hbm_bytes_per_cycle
     products = plan.tiles * -(-plan.tokens // 128) * 128 * factors / tpu.matrix_macs
     # XLA's own products with fewer tokens, or with small factors, take longer than the wait.
-    if n >= 128 and factors * factor_itemsize >= LARGE and waits > 0.8 * products:
+    if n >= 128 and large and waits > 0.8 * products:
         return "it would wait for factors that large almost as long as it multiplies so few tokens by them"
     return None
 
