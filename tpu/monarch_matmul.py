@@ -366,8 +366,8 @@ def _plan(
         buffers += 8 * tokens * q * (q % 128 > 0)
         # The compiler takes some more to keep what registers can't.
         between += 0 if plan.copies == "pieces" else 8 * part * t * lanes
-        # Of a block that is waited for it keeps copies.
-        factors += 2 * factor_itemsize * t * max(b2 * p, b1 * q) * (plan.copies == "tiles")
+        # Of a block that is waited for it keeps a copy, and more.
+        factors += factor_itemsize * t * max(b2 * p, b1 * q) * 3 // 2 * (plan.copies == "tiles")
         return buffers + factors + between * 9 // 8 <= vmem_budget()
 
     def quality(plan: Plan) -> Any:
