@@ -92,8 +92,13 @@ def test_a_kernel_that_somebody_asks_for_compiles(target: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "blocks, size, rank, dtype, target",
-    [(16, 128, 1280, "bfloat16", "7x"), (1, 4096, 2048, "bfloat16", "v5e"), (4, 512, 2048, "float32", "v5e")],
-    ids=["512 tokens", "a large block", "split into parts"],
+    [
+        (16, 128, 1280, "bfloat16", "7x"),
+        (1, 4096, 2048, "bfloat16", "v5e"),
+        (4, 512, 2048, "float32", "v5e"),
+        (16, 256, 1488, "bfloat16", "v4"),
+    ],
+    ids=["512 tokens", "a large block", "split into parts", "what mixes many ranks"],
 )
 def test_vmem_holds_what_the_compiler_adds(
     blocks: int, size: int, rank: int, dtype: str, target: str

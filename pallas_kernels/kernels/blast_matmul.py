@@ -97,8 +97,9 @@ def gradients_stacked(
 def expand(s_ref: Any, m_ref: Any) -> None:
     """Write s (b2, b1, r) as matrices (r / GROUP, b2 GROUP, b1 GROUP), diagonal in a group."""
     b2, b1, r = s_ref.shape
-    # As many output blocks at once as matrix units multiply by without a pause.
-    at_once = next(m for m in range(max(1, 512 // (b1 * GROUP)), 0, -1) if b2 % m == 0)
+    # As many output blocks at once as matrix units multiply by without a pause; of many ranks they'd fill v4's VMEM.
+    width = 512 if r <= 1024 else 256
+    at_once = next(m for m in range(max(1, width // (b1 * GROUP)), 0, -1) if b2 % m == 0)
     spread, kept = _spread(at_once * b1, s_ref.dtype), _diagonal(r, at_once * b1)
     for j in range(0, b2, at_once):
         rows = s_ref[j : j + at_once].reshape(at_once * b1, r)
