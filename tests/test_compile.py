@@ -91,20 +91,20 @@ def test_a_kernel_that_somebody_asks_for_compiles(target: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "blocks, size, rank, dtype, target",
+    "blocks, p, q, rank, dtype, target",
     [
-        (16, 128, 1280, "bfloat16", "7x"),
-        (1, 4096, 2048, "bfloat16", "v5e"),
-        (4, 512, 2048, "float32", "v5e"),
-        (16, 256, 1488, "bfloat16", "v4"),
+        (16, 128, 128, 1280, "bfloat16", "7x"),
+        (1, 4096, 4096, 2048, "bfloat16", "v5e"),
+        (4, 512, 512, 2048, "float32", "v5e"),
+        (16, 256, 688, 1488, "bfloat16", "v4"),
     ],
     ids=["512 tokens", "a large block", "split into parts", "what mixes many ranks"],
 )
 def test_vmem_holds_what_the_compiler_adds(
-    blocks: int, size: int, rank: int, dtype: str, target: str
+    blocks: int, p: int, q: int, rank: int, dtype: str, target: str
 ) -> None:
     """Each took up to 20 MB more VMEM than there is."""
-    shapes = (1024, blocks * size), (blocks, rank, size), (blocks, blocks, rank), (blocks, rank, size)
+    shapes = (1024, blocks * p), (blocks, rank, q), (blocks, blocks, rank), (blocks, rank, p)
     args = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     report = aot.compile(operators()["blast_matmul"].function, *args, target=target, estimate=False)
     assert report.compiled, report.error
