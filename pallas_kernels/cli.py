@@ -308,10 +308,8 @@ def _compile_rows(
         kernels, other = ([row[i] for row in ours] for i in (4, 5))
         if rival and ours and report.around_cycles and "-" not in (*kernels, other[0]):
             # Of a call of an earlier run XLA's program for the same tells what it moves.
-            moved = transfers.get((call, report.target)) or transfers.get(
-                (f"{call}{_BY}XLA", report.target), 0
-            )
-            total = max(sum(map(int, (*kernels, other[0]))), moved)
+            same = (transfers.get((name, report.target), 0) for name in (call, f"{call}{_BY}XLA"))
+            total = max(sum(map(int, (*kernels, other[0]))), *same)
             theirs = max(report.around_cycles, transfers.get((report.name, report.target), 0))
             note = f"{theirs / total:.2f} times ours"
         yield (*program, "-", "-", around, *"-----", note)

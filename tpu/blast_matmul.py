@@ -63,8 +63,7 @@ def multiply(
     dtype = x.dtype
     x, v, s, u, plan = _planned(x, v, s, u, blocks, gradient=False)
     run = functools.partial(_multiply, plan=plan, blocks=blocks, interpret=interpret)
-    copies = plan.parts == 1 and _copies(plan.ranks, blocks, v.dtype.itemsize)
-    if not (copies and tileable(len(x), plan.tokens)):
+    if not _copies(plan, len(x), blocks, v.dtype.itemsize):
         return run(x, v, s, u, streamed=False).astype(dtype)
     return batchable(run, x, v, s, u, interpret=interpret).astype(dtype)
 
@@ -225,9 +224,10 @@ def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradie
         parts = -(-r // ranks)
         if (gradient and r % GROUP == 0) or parts * ranks == -(-r // GRAIN) * GRAIN:
             choices.append((ranks, parts))
-    can_copy = not gradient and _copies(r, blocks, factor_itemsize)
-    large = [(LARGE_TILE, n // LARGE_TILE)] if can_copy and tileable(n, LARGE_TILE) else []
-    plans = [Plan(*tiles, *some) for tiles in (*large, *token_tiles(n)) for some in choices]
+    plans = [Plan(*tiles, *some) for tiles in token_tiles(n) for some in choices]
+    if not gradient:
+        large = (Plan(LARGE_TILE, n // LARGE_TILE, *some) for some in choices)
+        plans += [plan for plan in large if _copies(plan, n, blocks, factor_itemsize)]
     features = b1 * p + b2 * q
 
     def fit(plan: Plan) -> bool:
@@ -238,7 +238,7 @@ def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradie
         mixing, s = math.prod(matrices) * -(-columns // 128) * 128, b1 * b2 * ranks * parts
         buffers = 2 * tokens * features * itemsize + (mixing + s) * itemsize
         # The compiler splits float32 into parts, and keeps those of x, and of factors unless they come one by one.
-        waits = parts == 1 and can_copy and factor_itemsize == 4 and tileable(n, tokens)
+        waits = not gradient and factor_itemsize == 4 and _copies(plan, n, blocks, factor_itemsize)
         split = 4 * ranks * min(4 * max(p, q) if waits else features, features)
         if gradient:
             # The gradients of s may be in float32.
@@ -272,9 +272,10 @@ def _plan(n: int, blocks: Blocks, itemsize: int, factor_itemsize: int, *, gradie
     return max(filter(fit, plans), key=quality, default=None)
 
 
-def _copies(ranks: int, blocks: Blocks, factor_itemsize: int) -> bool:
-    """Whether programs may wait for blocks of the factors: of large ones the compiler would keep copies then."""
-    return ranks * max(blocks.p, blocks.q) * factor_itemsize <= LARGE_BLOCK
+def _copies(plan: Plan, n: int, blocks: Blocks, factor_itemsize: int) -> bool:
+    """Whether programs copy what they take and give: not where the compiler would keep copies of large blocks, too."""
+    block = plan.ranks * max(blocks.p, blocks.q) * factor_itemsize
+    return plan.parts == 1 and block <= LARGE_BLOCK and tileable(n, plan.tokens)
 
 
 def _factor_bytes(blocks: Blocks, factor_itemsize: int) -> int:
