@@ -487,6 +487,14 @@ def test_what_a_kernel_is_slower_at_is_left_to_xla(name, layer, target, taken):
         assert bool(list(pallas_calls(program, aot.TARGETS[target]))) == taken
 
 
+@pytest.mark.parametrize("target", ["v5e", "v6e"])
+def test_tokens_that_wait_for_hbm_come_many_at_a_time(target):
+    """A copy takes some time beside that for its bytes."""
+    with described(aot.TARGETS[target]):
+        plan = tpu_monarch._plan(4096, Blocks(1, 1, 3072, 768, 128), 2, 2, gradient=False)
+    assert plan is not None and plan.tokens >= 512
+
+
 @pytest.mark.parametrize("tokens", [100, 197])
 @pytest.mark.parametrize("name", ["blast_matmul", "monarch_matmul"])
 def test_a_tpu_fills_up_and_cuts_off_nothing(name, tokens):

@@ -420,7 +420,7 @@ def _cycles_in_tiles(plan: Plan, blocks: Blocks, itemsize: int, factor_itemsize:
     if plan.copies:
         first = (come + a / tpu.hbm_bytes_per_cycle) * min(1, max(1 / b1, PIECE / a))
         comes[0], goes, last = comes[0] + come + factors - first, [go] * steps, go / b2
-    return first + sum(max(work, c + g) for c, g in zip(comes, goes, strict=True)) + last
+    return first + sum(max(work, COPY_CYCLES + c + g) for c, g in zip(comes, goes, strict=True)) + last
 
 
 def _cycles_in_pieces(plan: Plan, blocks: Blocks, itemsize: int, factor_itemsize: int) -> float:
