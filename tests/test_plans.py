@@ -340,7 +340,7 @@ def test_parity_cases_take_every_layout_of_a_tpu() -> None:
     assert len(passes) == 3
     for plans in passes:
         assert {p.places for p in plans} == set(get_args(slabs.Places))
-        assert {p.places for p in plans if p.blocks.count > 1} == set(get_args(slabs.Places))
+        assert {p.places for p in plans if p.blocks.count > 1} == {"batch", "strips"}
         assert {p.lanes > 1 for p in plans} == {p.steps and p.fold > 1 for p in plans} == {False, True}
     *convolutions, weight_gradients = passes
     assert all(any(p.streams for p in plans) for plans in convolutions)

@@ -14,7 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.kernels.depthwise_conv import correlate, correlate_gradient
 from pallas_kernels.lowering import Work, launch
@@ -23,7 +25,7 @@ from pallas_kernels.tpu.tiles import cores, vmem_budget, vmem_limit
 from pallas_kernels.windows import Axis, Blocks, Gather, Strips
 
 # Multiply-adds in the code of a program, all unrolled: what compiles within seconds.
-CODE_BUDGET = 14_500
+CODE_BUDGET = 18_500
 # Columns, of the image or of the kernel, that are always accumulated together; and how many registers hold columns of
 # the image and a row of weights.
 TILE, REGISTERS = 14, 41
@@ -40,7 +42,7 @@ EQUAL_ROWS, STRAIGHT = 4, 4000
 MANY_ROWS = 9
 # Cycles, measured on v5e: to start a program, to start an iteration of a loop, to reduce one sum over the images, to
 # gather a register of pixels or put it back, and if it is folded; to fetch the code of a multiply-add.
-PROGRAM, ITERATION, REDUCTION, GATHERING, FOLDING, CODE = 250, 12, 6, 2, 4, 0.3
+PROGRAM, ITERATION, REDUCTION, GATHERING, FOLDING, CODE = 250, 12, 0.5, 2, 4, 0.3
 # Cycles, as XLA estimates them, to copy a register of pixels from the layout that it gives an array to the one that
 # the kernel reads, to pad its channels, and to do more than that.
 TRANSPOSITION, PADDING, REGROUPING = 16, 22, 150
@@ -158,8 +160,7 @@ def weight_gradient(
     blocks, columns = plan.blocks, plan.strips.kernel_columns
     sources, targets = _sides(plan, c, x.dtype.itemsize, gradient=True)
     schedule, come = plan.schedule(c), range(plan.fold)
-    # Reducing the sums over images takes longer than writing them, once for all of the images.
-    sums = (rows.kernel, cols.kernel * (IMAGES if plan.groups > 1 else 1))
+    sums = rows.kernel, cols.kernel
 
     def body(x_ref: Any, g_ref: Any, o_ref: Any, *scratch: Any) -> None:
         x_slabs = scratch[0] if sources.copied else x_ref
@@ -175,6 +176,7 @@ def weight_gradient(
                     sources.of(x_slabs, group), targets.of(g_slabs, group), o_ref,
                     slab=sources.slab(group), rows=blocks.kernel_rows(first), cols=columns,
                     tile=_tile(plan.strips, gradient=True), unroll=plan.unroll, unroll_groups=GROUPS,
+                    sum_images=_sum_images,
                 )  # fmt: skip
 
         each_kind = functools.partial(_each_kind, blocks, pl.program_id(2), rows_of_kind)
@@ -196,6 +198,25 @@ def weight_gradient(
     return total.reshape(rows.kernel, cols.kernel, -1, c).sum(2)
 
 
+def _sum_images(slabs: Sequence[jax.Array]) -> list[jax.Array]:
+    """The sums over images of eight slabs in a register, image i's place being that of slab i.
+
+    Two slabs exchange every other image and are added, then two such sums every other two, then every other four.
+    """
+    zeros = jnp.zeros_like(slabs[0])
+    place = lax.broadcasted_iota(jnp.int32, zeros.shape, 0)
+
+    def together(slabs: Sequence[jax.Array], step: int) -> jax.Array:
+        if not slabs or step == 0:
+            return slabs[0] if slabs else zeros
+        first, second = (together(half, step // 2) for half in (slabs[:step], slabs[step:]))
+        upper = place & step != 0
+        return jnp.where(upper, second, first) + pltpu.roll(jnp.where(upper, first, second), step, 0)
+
+    eights = [slabs[i : i + IMAGES] for i in range(0, len(slabs), IMAGES)]
+    return [together(eight, IMAGES // 2)[: len(eight)] for eight in eights]
+
+
 def _plan(n: int, c: int, itemsize: int, rows: Gather, cols: Gather, *, gradient: bool) -> Plan | None:
     """The plan of the fewest estimated cycles whose blocks fit in VMEM; None if no plan does."""
     return _search(n, c, itemsize, rows, cols, gradient, vmem_budget(), cores())
@@ -208,7 +229,7 @@ def _search(
     costs = (
         (_launch_cycles(n, c, itemsize, plan, gradient, cores), plan)
         for blocks in _block_choices(rows)
-        for layout in _layout_choices(n, c, itemsize, blocks, cols)
+        for layout in _layout_choices(n, blocks, cols)
         if _width(layout.strips, gradient) <= CODE_BUDGET
         for unroll in (1, 2, 4, 64)
         if unroll <= 4 or not _has_many_edges(rows)
@@ -224,7 +245,7 @@ def _has_many_edges(rows: Gather) -> bool:
     return min(kernel, rows.targets) >= MANY_ROWS and rows.targets <= 2 * kernel
 
 
-def _layout_choices(n: int, c: int, itemsize: int, blocks: Blocks, cols: Gather) -> Iterator[Plan]:
+def _layout_choices(n: int, blocks: Blocks, cols: Gather) -> Iterator[Plan]:
     """What the places of a slab are."""
     periods = -(-cols.targets // cols.period)
     for count in (1, 2, 4, 8, 16, 32, 64, 256, 1024):
@@ -235,10 +256,8 @@ def _layout_choices(n: int, c: int, itemsize: int, blocks: Blocks, cols: Gather)
         size = -(-pieces.size // (IMAGES * cols.period))
         # Loads with such a stride meet in the banks of VMEM.
         size += size * max(cols.period, cols.advance) % 16 == 0
-        # Blocks of several images, of some of their rows, are copied in one dimension more than those of one image.
-        # That many a DMA has if pixels and columns fill their tiles.
-        tiled = c % LANES == pieces.window * itemsize % 32 == pieces.size * itemsize % 32 == 0
-        whole = images % IMAGES == 0 and (tiled or blocks.count == 1)
+        # Some rows of several images would be copied in one dimension more than a DMA has.
+        whole = images % IMAGES == 0 and blocks.count == 1
         kinds: Sequence[Places] = ("batch", "images", "strips") if whole else ("batch", "strips")
         for kind in kinds:
             strips = Strips(cols, size * cols.period) if kind == "strips" else pieces
@@ -396,9 +415,7 @@ def _sides(plan: Plan, c: int, itemsize: int, gradient: bool) -> tuple[Slabs, Sl
 def _block_bytes(plan: Plan, c: int, itemsize: int, gradient: bool) -> int:
     """Of all blocks of a program."""
     rows, cols = plan.blocks.gather.axis.kernel, plan.strips.gather.axis.kernel
-    kernel = (
-        plan.lanes * LANES * rows * (cols * IMAGES if gradient and plan.groups > 1 else -(-cols // 8) * 8)
-    )
+    kernel = plan.lanes * LANES * rows * -(-cols // 8) * 8
     return sum(side.nbytes(itemsize) for side in _sides(plan, c, itemsize, gradient)) + kernel * 4
 
 

@@ -186,24 +186,30 @@ def correlate_together(
         loop(0, run.count, 1, functools.partial(target_tile, run), None)
 
 
+def sum_of_each(slabs: Sequence[jax.Array]) -> list[jax.Array]:
+    """The sum over images of each slab."""
+    return [jnp.sum(slab, axis=0, keepdims=True) for slab in slabs]
+
+
 def correlate_gradient(
     x_ref: Any, g_ref: Any, o_ref: Any, *, slab: Slab, rows: Sequence[Taps], cols: Sequence[Taps],
     tile: int, unroll: int, unroll_groups: int = 1, chunk: int | None = None,
+    sum_images: Callable[[Sequence[jax.Array]], Sequence[jax.Array]] = sum_of_each,
 ) -> None:  # fmt: skip
     """One block's share of the weight gradient of a depthwise convolution: o[k] = sum over images and pixels of x * g.
 
     Args:
       x_ref, g_ref: slabs of the input and of the output's cotangent.
-      o_ref: [kernel rows, kernel columns * images, channels]; a slab's images are summed if that leaves room for one.
+      o_ref: [kernel rows, kernel columns, channels].
       slab: as in `correlate`.
       rows: for each kernel row of the block, the outputs (`tap`) that read an input (`source`) through it.
       cols: the same for each kernel column.
       tile: kernel columns that are accumulated together, in registers.
       unroll, unroll_groups: rows of pixels, and groups, in one iteration of the loops over them.
       chunk: outputs of a row that are unrolled; chunks that read alike are a loop. None: the row.
+      sum_images: slabs -> arrays of rows, which hold the sums over the images of one slab after the other.
     """
     tiles = [range(start, min(start + tile, len(cols))) for start in range(0, len(cols), tile)]
-    images = o_ref.shape[1] // len(cols)
 
     def chunks(ks: range) -> list[_Run]:
         reads = sorted((g, t, x) for t, k in enumerate(ks) for x, g in cols[k].pairs())
@@ -235,10 +241,10 @@ def correlate_gradient(
             zeros = (jnp.zeros(slab.shape, jnp.float32),) * len(ks)
             step = functools.partial(over_images, taps, chunks(ks))
             sums = loop(0, slab.groups, unroll_groups, step, zeros)
-            for k, total in zip(ks, sums, strict=True):
-                if images == 1:
-                    total = jnp.sum(total, axis=0, keepdims=True)
-                o_ref[k_row, pl.ds(k * images, images), slab.channels] = total
+            first = ks.start
+            for total in sum_images(sums):
+                o_ref[k_row, pl.ds(first, len(total)), slab.channels] = total
+                first += len(total)
 
 
 _Sums = tuple[jax.Array, ...]
