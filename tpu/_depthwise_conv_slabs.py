@@ -16,6 +16,8 @@ from pallas_kernels.windows import Blocks, Strips
 IMAGES, LANES = 8, 128
 # Rows that are gathered, or put back, in one iteration.
 ROWS = 4
+# Groups of images in one iteration of the loop over them.
+GROUPS = 4
 # Taps from which on a pixel's multiply-adds take longer than to copy it.
 MANY_TAPS = 49
 
@@ -105,8 +107,8 @@ class Plan(NamedTuple):
 
     @property
     def repeats(self) -> int:
-        """How often the code of a group of lanes stands in a program."""
-        return 1 if self.steps else self.lanes
+        """How often the code of a slab stands in a program."""
+        return (1 if self.steps else self.lanes) * min(GROUPS, self.groups)
 
     def channels(self, c: int) -> int:
         """Channels in a program: all, or as many as its lanes hold."""
@@ -194,6 +196,11 @@ class Slabs(NamedTuple):
         *leading, second, minor = self.plan.ordered(self.rows, self.columns, self.plan.images, self.channels)
         tile = IMAGES * 4 // itemsize
         return itemsize * math.prod(leading) * -(-second // tile) * tile * -(-minor // LANES) * LANES
+
+    def moved_bytes(self, itemsize: int) -> int:
+        """Of a block, between HBM and VMEM."""
+        lanes = -(-self.channels // LANES) * LANES
+        return itemsize * self.rows * self.columns * self.plan.images * lanes
 
     def turned_bytes(self, rows: int) -> int:
         """Of the rows that the compiler turns in one piece of code, before and after, beside the scratch."""

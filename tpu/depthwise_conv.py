@@ -20,7 +20,16 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.kernels.depthwise_conv import correlate, correlate_gradient
 from pallas_kernels.lowering import Work, launch
-from pallas_kernels.tpu._depthwise_conv_slabs import IMAGES, LANES, ROWS, Places, Plan, Slabs, slabs_of
+from pallas_kernels.tpu._depthwise_conv_slabs import (
+    GROUPS,
+    IMAGES,
+    LANES,
+    ROWS,
+    Places,
+    Plan,
+    Slabs,
+    slabs_of,
+)
 from pallas_kernels.tpu.tiles import cores, vmem_budget, vmem_limit
 from pallas_kernels.windows import Axis, Blocks, Gather, Strips
 
@@ -29,8 +38,6 @@ CODE_BUDGET = 18_500
 # Columns, of the image or of the kernel, that are always accumulated together; and how many registers hold columns of
 # the image and a row of weights.
 TILE, REGISTERS = 14, 41
-# Groups of images in one iteration of the loop over them.
-GROUPS = 4
 # How many blocks of images may share the lanes.
 FOLDS = 2, 3, 4, 5, 8, 16
 # How many rows are computed together at most.
@@ -41,8 +48,11 @@ EQUAL_ROWS, STRAIGHT = 4, 4000
 # Rows from which on it takes longer to unroll all that stand apart in the code than four at a time.
 MANY_ROWS = 9
 # Cycles, measured on v5e: to start a program, to start an iteration of a loop, to reduce one sum over the images, to
-# gather a register of pixels or put it back, and if it is folded; to fetch the code of a multiply-add.
-PROGRAM, ITERATION, REDUCTION, GATHERING, FOLDING, CODE = 250, 12, 0.5, 2, 4, 0.3
+# fetch the code of a multiply-add.
+PROGRAM, ITERATION, REDUCTION, CODE = 250, 12, 0.5, 0.3
+# To gather a register of pixels or put it back: as it lies, with strips apart, turned; and if it is folded.
+GATHERING: dict[Places, float] = {"batch": 1, "strips": 2, "images": 4}
+FOLDING = 4
 # Cycles, as XLA estimates them, to copy a register of pixels from the layout that it gives an array to the one that
 # the kernel reads, to pad its channels, and to do more than that.
 TRANSPOSITION, PADDING, REGROUPING = 16, 22, 150
@@ -272,13 +282,12 @@ def _group_choices(n: int, c: int, itemsize: int, plan: Plan, gradient: bool) ->
     are not contiguous, and a copy of them takes the DMA engine one more dimension.
     """
     code, _, has_loop = _program(plan.blocks, plan.strips, plan.unroll, gradient)
+    can_loop = gradient and plan.places == "batch" and not has_loop
     for choice in _lane_choices(n, c, itemsize, plan, gradient):
-        if choice.repeats * code <= CODE_BUDGET:
-            yield choice
-            images = choice.programs(n, c)[0]
-            can_loop = gradient and plan.places == "batch" and choice.fold == 1 and not has_loop
-            if can_loop and images > 1 and choice.repeats * code * min(GROUPS, images) <= CODE_BUDGET:
-                yield choice._replace(groups=images)
+        images = choice.programs(n, c)[0] if can_loop and choice.fold == 1 else 1
+        for groups in {1, images}:
+            if (grouped := choice._replace(groups=groups)).repeats * code <= CODE_BUDGET:
+                yield grouped
 
 
 def _lane_choices(n: int, c: int, itemsize: int, plan: Plan, gradient: bool) -> Iterator[Plan]:
@@ -379,13 +388,12 @@ def _launch_cycles(n: int, c: int, itemsize: int, plan: Plan, gradient: bool, co
     programs = math.prod(plan.programs(n, c)) * plan.blocks.count
     rows, cols = plan.blocks.gather, plan.strips.gather
     code, cycles, _ = _program(plan.blocks, plan.strips, plan.unroll, gradient)
-    copied = sum(side.nbytes(4) for side in _sides(plan, c, itemsize, gradient) if side.copied)
-    gathering = FOLDING * plan.fold if plan.fold > 1 else GATHERING
-    start = PROGRAM * plan.schedule(c).length + gathering * copied / (IMAGES * LANES * 4)
+    sides = _sides(plan, c, itemsize, gradient)
+    start = PROGRAM * plan.schedule(c).length + _gathering_cycles(plan, sides, itemsize, gradient)
     if gradient:
-        start += REDUCTION * (plan.groups == 1) * plan.lanes * rows.axis.kernel * cols.axis.kernel
+        start += REDUCTION * plan.lanes * rows.axis.kernel * cols.axis.kernel
         cycles += ITERATION * rows.axis.kernel / GROUPS * (plan.groups > 1)
-    exposed = _block_bytes(plan, c, itemsize, gradient) / BANDWIDTH
+    exposed = (sum(side.moved_bytes(itemsize) for side in sides) + _kernel_bytes(plan)) / BANDWIDTH
     registers = max(1.0, n / IMAGES) * -(-c // LANES)
     copies = registers * (
         rows.sources * cols.sources * _copy_cycles(n, c, cols.sources, plan)
@@ -395,6 +403,16 @@ def _launch_cycles(n: int, c: int, itemsize: int, plan: Plan, gradient: bool, co
     of_one_core = -(-programs // cores) / programs
     arithmetic = of_one_core * (plan.slabs(n, c) * cycles + programs * start)
     return max(arithmetic, programs * plan.fold * exposed) + once
+
+
+def _gathering_cycles(plan: Plan, sides: Sequence[Slabs], itemsize: int, gradient: bool) -> float:
+    """For what a program gathers and puts back, unless it does so amid the convolution of other rows."""
+    if plan.streams and not gradient:
+        return 0
+    registers = sum(side.nbytes(4) for side in sides if side.copied) / (IMAGES * LANES * 4)
+    # Eight images fill half of a register of 16-bit numbers.
+    halves = 2 if plan.places == "batch" and plan.groups == 1 and itemsize < 4 else 1
+    return registers * (FOLDING * plan.fold if plan.fold > 1 else GATHERING[plan.places] * halves)
 
 
 def _copy_cycles(n: int, c: int, columns: int, plan: Plan) -> float:
@@ -412,25 +430,18 @@ def _sides(plan: Plan, c: int, itemsize: int, gradient: bool) -> tuple[Slabs, Sl
     return sources, slabs_of(plan, c, itemsize, targets=True, written=not gradient)
 
 
-def _block_bytes(plan: Plan, c: int, itemsize: int, gradient: bool) -> int:
-    """Of all blocks of a program."""
+def _kernel_bytes(plan: Plan) -> int:
     rows, cols = plan.blocks.gather.axis.kernel, plan.strips.gather.axis.kernel
-    kernel = plan.lanes * LANES * rows * -(-cols // 8) * 8
-    return sum(side.nbytes(itemsize) for side in _sides(plan, c, itemsize, gradient)) + kernel * 4
-
-
-def _scratch_bytes(plan: Plan, c: int, itemsize: int, gradient: bool) -> int:
-    sides = _sides(plan, c, itemsize, gradient)
-    return sum(math.prod(s.shape) * 4 for side in sides for s in side.scratch)
+    return 4 * plan.lanes * LANES * rows * -(-cols // 8) * 8
 
 
 def _vmem_bytes(plan: Plan, c: int, itemsize: int, gradient: bool) -> int:
     """Two buffers of every block, the scratch, and what turns."""
+    sides = _sides(plan, c, itemsize, gradient)
     rows = ROWS if gradient or not plan.streams else max(ROWS, _inline_rows(plan.blocks, plan.strips))
-    turned = sum(side.turned_bytes(rows) for side in _sides(plan, c, itemsize, gradient))
-    return (
-        2 * _block_bytes(plan, c, itemsize, gradient) + _scratch_bytes(plan, c, itemsize, gradient) + turned
-    )
+    blocks = sum(side.nbytes(itemsize) for side in sides) + _kernel_bytes(plan)
+    scratch = sum(math.prod(s.shape) * 4 for side in sides for s in side.scratch)
+    return 2 * blocks + scratch + sum(side.turned_bytes(rows) for side in sides)
 
 
 def _work(n: int, c: int, plan: Plan, nbytes: int) -> Work:
