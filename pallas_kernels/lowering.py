@@ -51,7 +51,7 @@ def launch(
     num_warps: int = 4,
     num_stages: int = 1,
     vmem_limit_bytes: int | None = None,
-    sequential: bool = False,
+    sequential: int = 0,
     scratch_shapes: Sequence[Any] = (),
 ) -> Any:
     """Run `body` over `grid` on `platform`; every grid axis is parallel, because a GPU's are, unless `sequential`.
@@ -65,13 +65,13 @@ def launch(
       interpret: False, True, or `pltpu.InterpretParams`.
       num_warps, num_stages: GPU only.
       vmem_limit_bytes: TPU only.
-      sequential: TPU only: the last axis runs in order, so that a program can add to what the one before left.
+      sequential: TPU only: so many of the last axes run in order, and a program can add to what one before has left.
       scratch_shapes: TPU only: arrays that stay from program to program, Refs after those of the results.
     """
     if platform == "tpu":
-        last = "arbitrary" if sequential else "parallel"
         params: Any = pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * (len(grid) - 1) + (last,), vmem_limit_bytes=vmem_limit_bytes
+            dimension_semantics=("parallel",) * (len(grid) - sequential) + ("arbitrary",) * sequential,
+            vmem_limit_bytes=vmem_limit_bytes,
         )
     else:
         params = pltriton.CompilerParams(num_warps=num_warps, num_stages=num_stages)

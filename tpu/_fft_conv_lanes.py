@@ -118,7 +118,7 @@ def _launch(
         platform="tpu", interpret=interpret, name=name + "_gated" * any(gated), grid=grid,
         in_specs=[*[of_rows] * len(arrays), of_spectrum, *[of_rows] * (len(given) - len(arrays)),
                   *map(_constant, matrices)],
-        out_specs=out_specs, out_shape=out_shape, sequential=len(arrays) == 2,
+        out_specs=out_specs, out_shape=out_shape, sequential=int(len(arrays) == 2),
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         vmem_limit_bytes=vmem_budget(),
         work=_work(p, batch // p.side * grid[0], batch * channels, transforms,

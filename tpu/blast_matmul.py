@@ -112,7 +112,7 @@ def _multiply(
         out_specs=o_spec,
         out_shape=jax.ShapeDtypeStruct((n, b2 * q), x.dtype),
         scratch_shapes=[pltpu.VMEM(_matrices(blocks, plan), x.dtype), *scratch],
-        sequential=True,
+        sequential=1,
         vmem_limit_bytes=vmem_limit(),
         work=_work(n, plan, blocks, x.dtype.itemsize, v.dtype.itemsize, products=1),
     )  # fmt: skip
@@ -195,7 +195,7 @@ def gradients(
             pltpu.VMEM(_matrices(blocks, plan), jnp.float32),
             pltpu.VMEM((b2, ranks, q), jnp.float32),
         ],
-        sequential=True,
+        sequential=1,
         vmem_limit_bytes=vmem_limit(),
         work=_work(n, plan, blocks, x.dtype.itemsize, v.dtype.itemsize + dtype.itemsize, products=2),
     )  # fmt: skip

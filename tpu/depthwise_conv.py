@@ -10,7 +10,7 @@ themselves, with the block in VMEM.
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +141,7 @@ def convolve(
         out_specs=targets.spec(schedule.put_back),
         out_shape=jax.ShapeDtypeStruct(plan.ordered(*sizes), _loadable(dtype)),
         scratch_shapes=[*sources.scratch, *targets.scratch],
-        sequential=plan.steps, vmem_limit_bytes=vmem_limit(),
+        sequential=int(plan.steps), vmem_limit_bytes=vmem_limit(),
         work=_work(n, c, plan, nbytes),
     )  # fmt: skip
     return _from_arranged(out, n, c, cols.targets, plan).astype(dtype)
@@ -170,12 +170,20 @@ def weight_gradient(
     blocks, columns = plan.blocks, plan.strips.kernel_columns
     sources, targets = _sides(plan, c, x.dtype.itemsize, gradient=True)
     schedule, come = plan.schedule(c), range(plan.fold)
-    sums = rows.kernel, cols.kernel
+    images, channels = plan.programs(n, c)
+    # Each core adds up what it computes, one program after the other.
+    parts = math.gcd(images, cores())
 
     def body(x_ref: Any, g_ref: Any, o_ref: Any, *scratch: Any) -> None:
         x_slabs = scratch[0] if sources.copied else x_ref
         g_slabs = scratch[-1] if targets.copied else g_ref
-        step = pl.program_id(3) if plan.steps else 0
+        image, block_of_rows = pl.program_id(2), pl.program_id(3)
+        step = pl.program_id(4) if plan.steps else 0
+
+        @pl.when((image == 0) & (block_of_rows == 0) & (step == 0))
+        def start_from_zero() -> None:
+            o_ref[...] = jnp.zeros_like(o_ref)
+
         for block in come:
             pl.when(step == block)(functools.partial(sources.gather, block, x_ref, x_slabs))
             pl.when(step == block)(functools.partial(targets.gather, block, g_ref, g_slabs))
@@ -183,29 +191,46 @@ def weight_gradient(
         def rows_of_kind(first: int) -> None:
             for group in schedule.groups(step):
                 correlate_gradient(
-                    sources.of(x_slabs, group), targets.of(g_slabs, group), o_ref,
+                    sources.of(x_slabs, group), targets.of(g_slabs, group), _Sums(o_ref),
                     slab=sources.slab(group), rows=blocks.kernel_rows(first), cols=columns,
                     tile=_tile(plan.strips, gradient=True), unroll=plan.unroll, unroll_groups=GROUPS,
                     sum_images=_sum_images,
                 )  # fmt: skip
 
-        each_kind = functools.partial(_each_kind, blocks, pl.program_id(2), rows_of_kind)
+        each_kind = functools.partial(_each_kind, blocks, block_of_rows, rows_of_kind)
         pl.when(schedule.convolves(step))(each_kind)
 
-    images, channels = plan.programs(n, c)
-    partial_sums = launch(
+    def in_parts(spec: pl.BlockSpec) -> pl.BlockSpec:
+        return pl.BlockSpec(
+            spec.block_shape, lambda p, c, i, b, t: spec.index_map(p * (images // parts) + i, c, b, t)
+        )
+
+    sums = launch(
         body, _arrange(x, plan), _arrange(g, plan._replace(pieces=plan.pieces.of_targets())),
         platform="tpu", interpret=interpret, name="depthwise_conv_weight_gradient",
-        grid=(images, channels, blocks.count, schedule.length),
-        in_specs=[sources.spec(come, blocks), targets.spec(come)],
-        out_specs=pl.BlockSpec((None, *sums, sources.width), lambda s, c, b, _: (s * blocks.count + b, 0, 0, c)),
-        out_shape=jax.ShapeDtypeStruct((images * blocks.count, *sums, channels * sources.width), jnp.float32),
+        grid=(parts, channels, images // parts, blocks.count, schedule.length),
+        in_specs=[in_parts(sources.spec(come, blocks)), in_parts(targets.spec(come))],
+        out_specs=pl.BlockSpec(
+            (None, rows.kernel, cols.kernel, sources.width), lambda p, c, i, b, t: (p, 0, 0, c)
+        ),
+        out_shape=jax.ShapeDtypeStruct(
+            (parts, rows.kernel, cols.kernel, channels * sources.width), jnp.float32
+        ),
         scratch_shapes=[*sources.scratch, *targets.scratch],
-        sequential=plan.steps, vmem_limit_bytes=vmem_limit(),
+        sequential=3, vmem_limit_bytes=vmem_limit(),
         work=_work(n, c, plan, x.nbytes + g.nbytes + rows.kernel * cols.kernel * c * 4),
     )  # fmt: skip
-    total = partial_sums.sum(0)[..., : plan.fold * c]
-    return total.reshape(rows.kernel, cols.kernel, -1, c).sum(2)
+    total = sums.sum(0)
+    return sum((total[..., i * c : (i + 1) * c] for i in range(1, plan.fold)), total[..., :c])
+
+
+class _Sums(NamedTuple):
+    """A Ref to whose rows is added what is written."""
+
+    ref: Any
+
+    def __setitem__(self, at: Any, rows: jax.Array) -> None:
+        self.ref[at] += rows
 
 
 def _sum_images(slabs: Sequence[jax.Array]) -> list[jax.Array]:

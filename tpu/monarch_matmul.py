@@ -149,7 +149,7 @@ def _multiply_in_blocks(
         out_specs=pl.BlockSpec((tokens, jb * q), lambda o, i, s: (i, expanding(o, s))),
         out_shape=jax.ShapeDtypeStruct((n, b2 * q), x.dtype),
         scratch_shapes=[pltpu.VMEM((b1, part, t, tokens), _between_dtype(x, t))],
-        sequential=True,
+        sequential=1,
         vmem_limit_bytes=vmem_limit(),
         work=_work(x, a, blocks, tokens * tiles),
     )  # fmt: skip
@@ -186,7 +186,7 @@ def _multiply_copied(
         out_specs=in_hbm,
         out_shape=jax.ShapeDtypeStruct((n, b2 * q), x.dtype),
         scratch_shapes=[pltpu.VMEM((b1, b2, t, tokens), _between_dtype(x, t)), *buffers],
-        sequential=True,
+        sequential=1,
         vmem_limit_bytes=vmem_limit(),
         work=_work(x, a, blocks, n),
     )  # fmt: skip
@@ -270,7 +270,7 @@ def gradients(
         out_specs=factor_specs,
         out_shape=[jax.ShapeDtypeStruct(v.shape, dtype) for v in (a, b)],
         scratch_shapes=[pltpu.VMEM(spec.block_shape, jnp.float32) for spec in factor_specs],
-        sequential=True,
+        sequential=1,
         vmem_limit_bytes=vmem_limit(),
         work=monarch_work(
             n, blocks, tokens * tiles, itemsize=x.dtype.itemsize, factor_itemsize=a.dtype.itemsize + dtype.itemsize,
