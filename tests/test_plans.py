@@ -308,7 +308,7 @@ def test_tpu_launches_read_images_as_they_lie(shape: tuple[int, ...], kernel: in
 
 @pytest.mark.parametrize(("target", "cores"), [("v5e", 1), ("v5p", 2)])
 def test_tpu_cores_add_up_weight_gradients(target: str, cores: int) -> None:
-    """For XLA to add up those of every program takes a quarter of the time of this kernel."""
+    """What is left to XLA to add up must be written to HBM, and read again."""
     axis, x = Axis(7, 13, 1, 1, 6, 6), jax.ShapeDtypeStruct((64, 7, 7, 384), jnp.float32)
     with described(aot.TARGETS[target]):
         program = jax.jit(lambda x, g: tpu.weight_gradient(x, g, axis, axis)).trace(x, x).jaxpr.jaxpr

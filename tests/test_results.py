@@ -52,13 +52,13 @@ LEAST_BESIDE_DENSE = {
     ("v6e", "low_rank_matmul", ""): 1.59,
 }
 
-# Of the vector units' peak, with 13x13 kernels, by the size of images: counting the lanes that channels leave empty,
-# even where images share those, which saves more than it takes. A call for 7x7 images is so short that its first and
-# its last transfer, which nothing hides, weigh.
+# Of the vector units' peak, with 13x13 kernels: counting padded work, by the size of images whose channels fill the
+# lanes. Others share lanes, which saves padding: it is counted as if they didn't.
 LEAST_OF_CONVOLUTION = {
-    "v5e": {7: 79, 12: 86, 14: 87, 24: 85, 28: 82, 48: 83},
-    "v6e": {7: 82, 12: 88, 14: 89, 24: 88, 28: 86, 48: 89},
+    "v5e": {7: 80, 12: 86, 14: 87, 24: 85, 28: 83, 48: 83},
+    "v6e": {7: 83, 12: 88, 14: 89, 24: 89, 28: 86, 48: 95},
 }
+LEAST_WHERE_LANES_ARE_SHARED = 79
 
 
 def rows(path: str) -> list[dict[str, str]]:
@@ -138,6 +138,8 @@ def test_convolutions_use_the_vector_units(target: str) -> None:
     ]
     assert {size for size, *_ in estimated} == set(LEAST_OF_CONVOLUTION[target])
     for size, channels, true, padded in estimated:
-        lanes = -(-channels // 128) * 128
-        share = padded if channels == lanes else true * lanes / channels
-        assert share >= LEAST_OF_CONVOLUTION[target][size], (size, channels, share)
+        if channels % 128 == 0:
+            assert padded >= LEAST_OF_CONVOLUTION[target][size], (size, channels)
+        else:
+            lanes = -(-channels // 128) * 128
+            assert true * lanes / channels >= LEAST_WHERE_LANES_ARE_SHARED, (size, channels)
