@@ -5,6 +5,7 @@ v are those of cuBLAS, and kernels do what lies between, at the speed of memory:
 of the weights that mix them.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.blocks import Blocks, gradient_dtype
 from pallas_kernels.gpu.products import dot
 from pallas_kernels.kernels.blast_matmul import mix, mix_gradient
-from pallas_kernels.lowering import Work, launch
+from pallas_kernels.lowering import Work, gpu_arithmetic, launch
 
 # Ranks are filled up to whole ones of these; those of real models are.
 GRAIN = 16
@@ -102,7 +103,7 @@ def _mix(y: jax.Array, s: jax.Array, tokens: int, interpret: Any) -> jax.Array:
     (b1, n, r), b2 = y.shape, len(s)
     plan = _plan(n, b2, r)
     return launch(
-        mix, y, s,
+        functools.partial(mix, arithmetic=gpu_arithmetic(interpret)), y, s,
         platform="cuda", interpret=interpret, name="blast_mix", num_warps=WARPS,
         grid=(n // plan.tokens, r // plan.ranks),
         in_specs=[
@@ -122,7 +123,7 @@ def _mix_gradient(dz: jax.Array, y: jax.Array, tokens: int, interpret: Any) -> j
     count = next(j for j in range(b2, 0, -1) if (b2 % j == 0 and j * b1 <= PAIRS) or j == 1)
     parts = n // IN_A_ROW
     sums = launch(
-        mix_gradient, dz, y,
+        functools.partial(mix_gradient, arithmetic=gpu_arithmetic(interpret)), dz, y,
         platform="cuda", interpret=interpret, name="blast_mix_gradient", num_warps=max(1, ranks // 64),
         grid=(parts, b2 // count, r // ranks),
         in_specs=[

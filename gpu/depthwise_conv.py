@@ -1,10 +1,14 @@
 """How depthwise convolution runs on an NVIDIA GPU.
 
 Slabs are (images, channels) with 4 bytes for every thread of a program, read where they lie in (batch, height,
-width, channels). A program computes a row of the image, or a few together, a tile of columns at a time in registers;
+width, channels). A program computes a tile of columns in a row of the image, or in a few rows together, in registers;
 taps in the padding are skipped or read zeros, so nothing is padded but channels that no block divides.
+
+That is mostly multiply-adds, of pixels that several rows share. Programs wait for memory all the same, so there are
+many small ones. What indices are known to be `within` the compiler adds to the address of a load for nothing.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,10 +21,14 @@ from pallas_kernels.kernels.depthwise_conv import (
     Slab,
     correlate,
     correlate_gradient,
+    correlate_gradient_together,
     correlate_together,
+    equal_chunks,
+    equal_tiles,
+    gradient_multiply_adds,
     multiply_adds,
 )
-from pallas_kernels.lowering import Work, launch
+from pallas_kernels.lowering import Work, gpu_arithmetic, launch, within
 from pallas_kernels.windows import Axis, Gather, Rows, Strips, Taps
 
 # Columns, of the image or of the kernel, that are accumulated together in a thread's registers.
@@ -35,11 +43,12 @@ GRADIENT_READS, GRADIENT_CODE = 64, 240
 MOST_READ, APART = 1.2, 150
 # Columns of the strips that wider images are cut into.
 STRIP = 56
-# Programs that fill a GPU.
-PROGRAMS = 1024
 # Rows that a program may compute together, the most of their sums in a thread and of multiply-adds in their code, and
 # the threads that fill a GPU.
 TOGETHER, SUMS, TOGETHER_CODE, FULL = (4, 2), 64, 800, 2**16
+# The same of kernel rows in the weight gradient; the outputs of a chunk, the fewest rows of pixels that a program
+# sums over, and the warps that fill a GPU.
+GRADIENT_SUMS, GRADIENT_TOGETHER_CODE, CHUNK, FEWEST_ROWS, WARPS = 64, 1_500, 14, 4, 4096
 
 
 class Plan(NamedTuple):
@@ -72,26 +81,26 @@ def convolve(
     tile = -(-strips.size // -(-strips.size // TILE))
     several = strips.size > tile and multiply_adds(strips.columns, tile) > APART
     columns, outside = _alike(strips.columns, strips.all_columns, several)
-    pieces, w, bias = (
-        _whole_blocks(a, plan) for a in (strips.cut(x), w, jnp.zeros(c) if bias is None else bias)
-    )
+    pieces, w, *biases = (_whole_blocks(a, plan) for a in (strips.cut(x), w, bias) if a is not None)
     count, height, width, lanes = pieces.shape
-    slab = _slab(plan)._replace(width=width if outside else None)
-    threads = count * rows.targets * lanes * x.dtype.itemsize // 4
-    together = _together(rows, columns, tile, x.dtype.itemsize, threads)
+    slab = _slab(plan, interpret)._replace(width=width if outside else None)
+    alike = (rows.transposed, rows.axis.stride, rows.axis.dilation) == (False, 1, 1)
+    tiles = equal_tiles(columns, tile) if alike else 1
+    threads = count * rows.targets * tiles * lanes * x.dtype.itemsize // 4
+    together = _together(rows, columns, tile, x.dtype.itemsize, threads) if alike else 1
     size = together * rows.period
     blocks = -(-rows.targets // size)
+    place = functools.partial(_place, sizes=(count // plan.images, blocks, tiles))
+    channel = functools.partial(within, size=lanes // plan.channels)
 
-    # Python's integers would be of 64 bits under x64, and indices are of 32.
-    def slab_and_block(i: Any) -> tuple[Any, Any]:
-        return jax.lax.div(i, jnp.int32(blocks)), jax.lax.rem(i, jnp.int32(blocks))
-
-    def body(*refs: Any) -> None:
-        moved = slab_and_block(pl.program_id(0))[1] * together * rows.advance
-        taps = [rows.taps(r).shifted(-moved) for r in range(rows.period)]
-        if together > 1:
+    def body(x_ref: Any, w_ref: Any, *others: Any) -> None:
+        refs = x_ref, w_ref, others[0] if biases else None, others[-1]
+        _, block, part = place(pl.program_id(0))
+        taps = [rows.taps(r).shifted(-block * together * rows.advance) for r in range(rows.period)]
+        if alike:
             correlate_together(
                 *refs, slab=slab, taps=taps[0], sources=rows.sources, count=together, cols=columns, tile=tile,
+                part=part if tiles > 1 else None,
             )  # fmt: skip
             return
         kinds = [Rows(r, 1, t.inside(rows.sources)) for r, t in enumerate(taps)]
@@ -100,18 +109,19 @@ def convolve(
             tile=tile, unroll=1, unrolled_rows=2, loop_tiles=True,
         )  # fmt: skip
 
+    # A tap's weights for every image of a slab, as its pixels lie: threads would have to exchange them.
+    w = jnp.broadcast_to(w[:, :, None], (*w.shape[:2], plan.images, lanes))
     out = launch(
-        body, pieces, w, bias[None],
+        body, pieces, w, *(b[None] for b in biases),
         platform="cuda", interpret=interpret, name="depthwise_conv" + "_input_gradient" * rows.transposed,
-        grid=(count // plan.images * blocks, lanes // plan.channels),
+        grid=(count // plan.images * blocks * tiles, lanes // plan.channels),
         in_specs=[
-            pl.BlockSpec((plan.images, height, width, plan.channels), lambda i, c: (slab_and_block(i)[0], 0, 0, c)),
-            pl.BlockSpec((*w.shape[:2], plan.channels), lambda i, c: (0, 0, c)),
-            pl.BlockSpec((1, plan.channels), lambda i, c: (0, c)),
+            pl.BlockSpec((plan.images, height, width, plan.channels), lambda i, c: (place(i)[0], 0, 0, channel(c))),
+            pl.BlockSpec((*w.shape[:3], plan.channels), lambda i, c: (0, 0, 0, channel(c))),
+            *(pl.BlockSpec((1, plan.channels), lambda i, c: (0, channel(c))) for _ in biases),
         ],
         out_specs=pl.BlockSpec(
-            (plan.images, size, strips.size, plan.channels),
-            lambda i, c: (*slab_and_block(i), 0, c),
+            (plan.images, size, strips.size, plan.channels), lambda i, c: (*place(i)[:2], 0, channel(c))
         ),
         out_shape=jax.ShapeDtypeStruct((count, blocks * size, strips.size, lanes), x.dtype),
         num_warps=plan.num_warps(x.dtype.itemsize),
@@ -135,42 +145,107 @@ def weight_gradient(
     Returns:
       (KH, KW, C), float32.
     """
-    n, _, _, c = x.shape
+    n, height, _, c = x.shape
     plan = _plan(n, c, x.dtype.itemsize, Gather(cols), width=cols.kernel)
     strips = plan.strips
     tile = -(-cols.kernel // -(-cols.kernel // TILE))
-    most = min((GRADIENT_READS - tile) // 2, GRADIENT_CODE * x.dtype.itemsize // (4 * tile))
-    chunk = -(-strips.size // (1 if 2 * strips.size <= GRADIENT_READS else -(-strips.size // most)))
+    alike = (rows.stride, rows.dilation) == (1, 1)
+    chunk = _chunk(strips.size, tile, x.dtype.itemsize, alike)
     columns, outside = _alike(strips.kernel_columns, strips.all_kernel_columns, strips.size > chunk)
     pieces, cotangents = (_whole_blocks(s.cut(a), plan) for a, s in ((x, strips), (g, strips.of_targets())))
     count, *_, lanes = pieces.shape
-    slabs = count // plan.images
-    busy = -(-PROGRAMS // (rows.kernel * lanes // plan.channels))
-    parts = min(slabs, next(p for p in range(busy, slabs + busy) if slabs % p == 0 or p >= slabs))
-    images = count // parts
-    slab = _slab(plan, slabs // parts)._replace(width=pieces.shape[2] if outside else None)
+    warps = lanes // plan.channels * plan.num_warps(x.dtype.itemsize)
+    chunks, most = 1, 1
+    if alike:
+        chunks = equal_chunks(columns, tile, chunk)
+        most = _most_kernel_rows(columns, tile, chunk, x.dtype.itemsize)
+    parts = _parts(rows, count // plan.images, chunks, warps, most)
+    together = -(-rows.kernel // parts.kernel_rows)
+    images, size = count // parts.images, -(-height // parts.rows)
+    slab = _slab(plan, interpret, images // plan.images)._replace(width=pieces.shape[2] if outside else None)
+    place = functools.partial(_place, sizes=parts)
+    channel = functools.partial(within, size=lanes // plan.channels)
 
     def body(*refs: Any) -> None:
-        taps = rows.tap_range(jax.lax.rem(pl.program_id(0), jnp.int32(rows.kernel)))
-        correlate_gradient(*refs, slab=slab, rows=[taps], cols=columns, tile=tile, unroll=1, chunk=chunk)
+        _, row, part, block = place(pl.program_id(0))
+        options = {"slab": slab, "cols": columns, "tile": tile, "chunk": chunk}
+        if not alike:
+            correlate_gradient(*refs, rows=[rows.tap_range(block)], unroll=1, **options)
+            return
+        first = block * together - rows.pad_lo
+        correlate_gradient_together(
+            *refs, first=first, count=together, live=rows.kernel - block * together, targets=rows.out,
+            lo=jax.lax.max(row * size, first),
+            hi=jax.lax.min(jax.lax.min((row + 1) * size, height), first + (together - 1 + rows.out)),
+            part=part if parts.columns > 1 else None, **options,
+        )  # fmt: skip
 
     def spec(a: jax.Array) -> pl.BlockSpec:
         return pl.BlockSpec(
-            (images, *a.shape[1:3], plan.channels),
-            lambda i, c: (jax.lax.div(i, jnp.int32(rows.kernel)), 0, 0, c),
+            (images, *a.shape[1:3], plan.channels), lambda i, c: (place(i)[0], 0, 0, channel(c))
         )
 
     partial_sums = launch(
         body, pieces, cotangents,
         platform="cuda", interpret=interpret, name="depthwise_conv_weight_gradient",
-        grid=(parts * rows.kernel, lanes // plan.channels),
+        grid=(math.prod(parts), lanes // plan.channels),
         in_specs=[spec(pieces), spec(cotangents)],
-        out_specs=pl.BlockSpec((1, cols.kernel, plan.channels), lambda i, c: (i, 0, c)),
-        out_shape=jax.ShapeDtypeStruct((parts * rows.kernel, cols.kernel, lanes), jnp.float32),
+        out_specs=pl.BlockSpec((together, cols.kernel, plan.channels), lambda i, c: (i, 0, channel(c))),
+        out_shape=jax.ShapeDtypeStruct((math.prod(parts) * together, cols.kernel, lanes), jnp.float32),
         num_warps=plan.num_warps(x.dtype.itemsize),
         work=_work(n, c, rows, plan, pieces, x.nbytes + g.nbytes),
     )  # fmt: skip
-    return partial_sums.reshape(parts, rows.kernel, cols.kernel, lanes)[..., :c].sum(0)
+    sums = partial_sums.reshape(-1, parts.kernel_rows * together, cols.kernel, lanes)
+    return sums[:, : rows.kernel, :, :c].sum(0)
+
+
+class _Parts(NamedTuple):
+    """Into how many parts the weight gradient's work is cut along each axis: a program has one of each."""
+
+    images: int
+    rows: int
+    columns: int
+    kernel_rows: int
+
+
+def _parts(rows: Axis, slabs: int, chunks: int, warps: int, most: int) -> _Parts:
+    """Enough for as many warps as fill a GPU; of kernel rows as few as may be, since those in a part share reads.
+
+    chunks: parts of the columns. warps: of a part. most: kernel rows of a part; if 1, pixels' rows stay together.
+    """
+    pieces = max(1, rows.size // FEWEST_ROWS) if most > 1 else 1
+    blocks = -(-rows.kernel // most)
+    while blocks < rows.kernel and slabs * pieces * chunks * blocks * warps < WARPS:
+        blocks += 1
+    blocks = -(-rows.kernel // -(-rows.kernel // blocks))
+    busy = -(-WARPS // (chunks * blocks * warps))
+    images = min(slabs, next(p for p in range(busy, slabs + busy) if slabs % p == 0 or p >= slabs))
+    return _Parts(images, max(1, min(pieces, busy // images)), chunks, blocks)
+
+
+def _most_kernel_rows(columns: Sequence[Taps], tile: int, chunk: int, itemsize: int) -> int:
+    """How many neighbouring kernel rows a program may compute, that each pixel is read for."""
+    sums = GRADIENT_SUMS * itemsize // (4 * tile)
+    code = max(1, gradient_multiply_adds(columns, tile, chunk))
+    return max(1, min(sums, GRADIENT_TOGETHER_CODE // code))
+
+
+def _chunk(size: int, tile: int, itemsize: int, alike: bool) -> int:
+    """Outputs of a row that are unrolled."""
+    if alike:
+        return -(-size // -(-size // CHUNK))
+    most = min((GRADIENT_READS - tile) // 2, GRADIENT_CODE * itemsize // (4 * tile))
+    return -(-size // (1 if 2 * size <= GRADIENT_READS else -(-size // most)))
+
+
+def _place(i: Any, sizes: Sequence[int]) -> tuple[Any, ...]:
+    """A program's place along axes of these sizes, of which the last moves first."""
+    places = []
+    for size in reversed(sizes):
+        # Python's integers would be of 64 bits under x64, and indices are of 32.
+        places.append(within(jax.lax.rem(i, jnp.int32(size)), size))
+        i = jax.lax.div(i, jnp.int32(size))
+    return tuple(reversed(places))
 
 
 def _alike(inside: list[Taps], everywhere: list[Taps], several: bool) -> tuple[list[Taps], bool]:
@@ -185,8 +260,6 @@ def _together(rows: Gather, cols: Sequence[Taps], tile: int, itemsize: int, thre
 
     threads: of 4 bytes each, those of all programs if each computed a row.
     """
-    if (rows.period, rows.advance, rows.axis.dilation) != (1, 1, 1):
-        return 1
     code, sums = multiply_adds(cols, tile), tile * 4 // itemsize
     fitting = (
         r for r in TOGETHER
@@ -204,7 +277,7 @@ def _plan(n: int, c: int, itemsize: int, cols: Gather, *, width: int) -> Plan:
     strips = Strips(cols, min(cols.targets, -(-cols.targets // (count * cols.period)) * cols.period))
 
     def images(channels: int) -> int:
-        return max(1, min(32 // channels, math.gcd(n * strips.count, 32)))
+        return max(1, min(128 // (channels * itemsize), math.gcd(n * strips.count, 32)))
 
     def cost(channels: int) -> float:
         idle = max(1.0, 32 / (images(channels) * channels)) * max(1.0, 32 / (channels * itemsize))
@@ -214,11 +287,13 @@ def _plan(n: int, c: int, itemsize: int, cols: Gather, *, width: int) -> Plan:
     return Plan(images(channels), channels, strips)
 
 
-def _slab(plan: Plan, groups: int = 1) -> Slab:
+def _slab(plan: Plan, interpret: Any, groups: int = 1) -> Slab:
     def at(row: Any, column: Any, group: Any) -> tuple[Any, ...]:
         return pl.ds(group * plan.images, plan.images), row, column, slice(None)
 
-    return Slab((plan.images, plan.channels), at, groups=groups)
+    return Slab(
+        (plan.images, plan.channels), at, groups=groups, repeated=True, arithmetic=gpu_arithmetic(interpret)
+    )
 
 
 def _whole_blocks(a: jax.Array, plan: Plan) -> jax.Array:

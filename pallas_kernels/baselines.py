@@ -20,7 +20,7 @@ import numpy as np
 from pallas_kernels.operators import Case
 
 # Bytes that no cache holds; the fewest and the most copies of a call's arguments.
-UNCACHED, FEWEST, MOST = 2**28, 4, 32
+UNCACHED, FEWEST, MOST = 2**28, 4, 16
 
 
 class Contestant(NamedTuple):

@@ -11,6 +11,7 @@ import ctypes
 import gc
 import math
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -73,7 +74,7 @@ def run(names: list[str], *, out: str | None = None, only: str | None = None, ap
 
     Args:
       names: of operators.
-      out: a CSV file to write, and beside it a chart, as PNG.
+      out: a CSV file to write, case by case, and beside it a chart, as PNG.
       only: time the cases with this in their name.
       apart: give every contestant a process of its own, and take its peak memory.
 
@@ -91,20 +92,26 @@ def run(names: list[str], *, out: str | None = None, only: str | None = None, ap
     plot = _pyplot() if out else None
     known = operators.benchmarks()
     jobs = operators.named(((known[n], c) for n in names for c in known[n].bench_cases()), only)
-    if out:  # what can't be written is said before anything is timed
+    if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).open("ab").close()
     device = f"{jax.devices()[0].device_kind}, {cpus()} CPU{'s' * (cpus() > 1)}"
     print(f"jax {jax.__version__} on {device}; times in ms: median [quartiles]", flush=True)
     timings: list[Timing] = []
-    with Progress(len(jobs), "bench") as progress:
+    # What can't be written is said before anything is timed.
+    with open(out or os.devnull, "w", newline="") as file, Progress(len(jobs), "bench") as progress:
+        writer = csv.writer(file)
+        writer.writerow([*Timing._fields, "jax", "device"])
         for operator, case in jobs:
             rows = list(time_case_apart(operator, case) if apart else time_case(operator, case))
             timings += rows
             print("\n".join(map(_line, rows)), flush=True)
+            writer.writerows([*row, jax.__version__, device] for row in rows)
+            file.flush()
             progress.advance(f"{operator.name} {case.name}")
     if out:
-        _write(timings, Path(out), plot)
+        chart = Path(out).with_suffix(".png") if out.endswith(".csv") else Path(f"{out}.png")
+        _draw(timings, chart, plot)
+        print(f"wrote {out} and {chart}", file=sys.stderr)
     return int(any(t.note.startswith("wrong") for t in timings))
 
 
@@ -289,13 +296,7 @@ def _pyplot() -> Any:
     return plot
 
 
-def _write(timings: list[Timing], path: Path, plot: Any) -> None:
-    chart = path.with_suffix(".png") if path.suffix == ".csv" else Path(f"{path}.png")
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(Timing._fields)
-        writer.writerows(timings)
-
+def _draw(timings: list[Timing], chart: Path, plot: Any) -> None:
     # One panel a pass, one group of bars a case: how many times as long as ours each baseline takes.
     names = [n for n in dict.fromkeys(t.contestant for t in timings if not t.note) if n != OURS]
     cases = list(dict.fromkeys((t.operator, t.case) for t in timings))
@@ -318,4 +319,3 @@ def _write(timings: list[Timing], path: Path, plot: Any) -> None:
         panels[0][-1].legend(fontsize="small")
     figure.savefig(chart, dpi=150, bbox_inches="tight")
     plot.close(figure)
-    print(f"wrote {path} and {chart}", file=sys.stderr)

@@ -59,6 +59,7 @@ def test_what_is_wrong_is_not_timed(capsys: pytest.CaptureFixture[str], tmp_path
     assert bench.run(["scaled"], out=str(tmp_path / "deep" / "times.csv"), only="by") == 1
     with (tmp_path / "deep" / "times.csv").open() as file:
         rows = {(row["what"], row["contestant"]): row for row in csv.DictReader(file)}
+    assert {(row["jax"], row["device"].split(",")[0]) for row in rows.values()} == {(jax.__version__, "cpu")}
     assert len(rows) == 8
     assert (tmp_path / "deep" / "times.png").stat().st_size > 1000
     for what in bench.PASSES:

@@ -1,7 +1,9 @@
 """Any legal plan gives the same numbers: what tuning changes must not change results."""
 
 import functools
+import re
 from typing import Any, get_args
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 
 from pallas_kernels import aot, testing
 from pallas_kernels.aot._programs import described, pallas_calls
+from pallas_kernels.gpu import blast_matmul as gpu_blast
 from pallas_kernels.gpu import depthwise_conv as gpu
 from pallas_kernels.operators import Case
 from pallas_kernels.ops.depthwise_conv import OPERATOR, reference
@@ -183,7 +186,7 @@ def test_gpu_plans(
         return gpu.Plan(images if n * strips.count % images == 0 else 1, channels, strips)
 
     monkeypatch.setattr(gpu, "_plan", plan)
-    monkeypatch.setattr(gpu, "PROGRAMS", 8)
+    monkeypatch.setattr(gpu, "WARPS", 8)
     axes, x, w, g = arrays(*geometry)
     assert_near(results(gpu, axes, x, w, g), expected(x, w, g, *geometry[1:]))
 
@@ -197,9 +200,55 @@ def test_gpu_loops_over_tiles(
     """Tiles of the image's columns, or all of them reading the same pixels through other taps; chunks of outputs."""
     monkeypatch.setattr(gpu, "APART", 0)
     monkeypatch.setattr(gpu, "GRADIENT_READS", 16)
+    monkeypatch.setattr(gpu, "CHUNK", 4)
     monkeypatch.setattr(gpu, "TILE", 4)
     axes, x, w, g = arrays((2, 3, width, 8), kernel, stride)
     assert_near(results(gpu, axes, x, w, g), expected(x, w, g, kernel, stride))
+
+
+@pytest.mark.parametrize(
+    "warps, parts", [(1, (1, 1, 3, 2)), (10, (3, 1, 3, 2)), (99, (3, 3, 3, 3)), (999, (3, 4, 3, 5))]
+)
+@pytest.mark.parametrize("padding", [0, 2, 3])
+def test_gpu_weight_gradient_in_parts(
+    monkeypatch: pytest.MonkeyPatch, padding: int, warps: int, parts: tuple[int, ...]
+) -> None:
+    """Of images, rows of pixels, columns and kernel rows, the last of which has fewer of those than others."""
+    monkeypatch.setattr(gpu, "WARPS", warps)
+    monkeypatch.setattr(gpu, "APART", 0)
+    monkeypatch.setattr(gpu, "MOST_READ", 9)
+    monkeypatch.setattr(gpu, "CHUNK", 4)
+    monkeypatch.setattr(gpu, "FEWEST_ROWS", 2)
+    monkeypatch.setattr(gpu, "GRADIENT_SUMS", 9)
+    rng = np.random.default_rng(warps)
+    rows, cols = Axis(9, 5, 1, 1, padding, padding), Axis(12, 3, 1, 1, 1, 1)
+    x = jnp.asarray(rng.normal(size=(3, 9, 12, 32)), jnp.float32)
+    g = jnp.asarray(rng.normal(size=(3, rows.out, 12, 32)), jnp.float32)
+    cut = mock.Mock(side_effect=gpu._parts)
+    monkeypatch.setattr(gpu, "_parts", cut)
+    got = gpu.weight_gradient(x, g, rows, cols, interpret=True)
+    assert gpu._parts(*cut.call_args.args) == parts
+    convolve = functools.partial(reference, x, padding=[(padding, padding), (1, 1)])
+    _, vjp = jax.vjp(convolve, jnp.zeros((5, 3, 32)))
+    assert_near([got], list(vjp(g)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gpus_multiply_and_add_in_one_instruction(dtype: Any) -> None:
+    """XLA's Triton makes two of a product and a sum; and three of a pair of bfloat16 that are widened."""
+    axis = Axis(28, 7, 1, 1, 3, 3)
+    x, w = jax.ShapeDtypeStruct((64, 28, 28, 192), dtype), jax.ShapeDtypeStruct((7, 7, 192), dtype)
+    y, s = jax.ShapeDtypeStruct((4, 64, 64), dtype), jax.ShapeDtypeStruct((2, 4, 64), dtype)
+    for function, arguments in (
+        (lambda x, w: gpu.convolve(x, w, None, Gather(axis), Gather(axis)), (x, w)),
+        (lambda x, g: gpu.weight_gradient(x, g, axis, axis), (x, x)),
+        (lambda y, s: gpu_blast._mix(y, s, 64, False), (y, s)),
+        (lambda dz, y: gpu_blast._mix_gradient(dz, y, 64, False), (y, y)),
+    ):
+        kernel = str(jax.make_jaxpr(function)(*arguments))
+        assert kernel.count("fma.rn.f32") >= 2
+        assert not re.search(r":f32\[\d+,\d+\] = (mul|add) ", kernel)
+        assert dtype == jnp.float32 or "blast" in kernel or kernel.count("shl.b32") >= 20
 
 
 @pytest.mark.sweep

@@ -141,8 +141,10 @@ def _triton(task: Task, directory: str) -> Task:
     source, cubin = os.path.join(directory, "kernel.ttir"), os.path.join(directory, "kernel.cubin")
     with open(source, "w") as f:
         f.write(task["ttir"])
+    # XLA's Triton doesn't fuse products and sums by itself.
+    options = {**task["options"], "enable_fp_fusion": False}
     compiled = triton.compile(
-        source, target=GPUTarget("cuda", task["compute_capability"], 32), options=task["options"]
+        source, target=GPUTarget("cuda", task["compute_capability"], 32), options=options
     )
     with open(cubin, "wb") as f:
         f.write(compiled.asm["cubin"])

@@ -5,6 +5,7 @@ the last axis, GROUP ranks of all blocks are the rows of one matrix, and a block
 unit.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.blocks import Blocks
 from pallas_kernels.kernels.monarch_matmul import dot, tile_of
+from pallas_kernels.lowering import Arithmetic
 
 GROUP = 8
 # Numbers of a row of a register of TPUs.
@@ -188,20 +190,21 @@ def _ungrouped(z: jax.Array, count: int, ranks: int, dtype: Any) -> list[jax.Arr
     return [by_block[:, j].reshape(groups * GROUP, n)[:ranks].astype(dtype) for j in range(count)]
 
 
-def mix(y_ref: Any, s_ref: Any, z_ref: Any) -> None:
+def mix(y_ref: Any, s_ref: Any, z_ref: Any, *, arithmetic: Arithmetic) -> None:
     """y (b1, n, r), s (b2, b1, r) -> z (b2, n, r): z_j = sum_k s_jk * y_k."""
     b2, b1, _ = s_ref.shape
 
     def add(k: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         y = y_ref[k].astype(jnp.float32)
-        return tuple(z + s_ref[j, k][None].astype(jnp.float32) * y for j, z in enumerate(sums))
+        weights = (jnp.broadcast_to(s_ref[j, k][None].astype(jnp.float32), y.shape) for j in range(b2))
+        return tuple(arithmetic.multiply_add(s, y, z) for s, z in zip(weights, sums, strict=True))
 
     zeros = (jnp.zeros(z_ref.shape[1:], jnp.float32),) * b2
     for j, z in enumerate(lax.fori_loop(0, b1, add, zeros)):
         z_ref[j] = z.astype(z_ref.dtype)
 
 
-def mix_gradient(dz_ref: Any, y_ref: Any, ds_ref: Any) -> None:
+def mix_gradient(dz_ref: Any, y_ref: Any, ds_ref: Any, *, arithmetic: Arithmetic) -> None:
     """dz (j, n, r), y (b1, n, r) -> ds (1, j, b1, r): the sums over n tokens of dz_j * y_k."""
     (count, n, r), b1 = dz_ref.shape, len(y_ref)
 
@@ -210,8 +213,8 @@ def mix_gradient(dz_ref: Any, y_ref: Any, ds_ref: Any) -> None:
 
     def add(i: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         ys = [row(y_ref, k, i) for k in range(b1)]
-        terms = (dz * y for dz in (row(dz_ref, j, i) for j in range(count)) for y in ys)
-        return tuple(total + term for total, term in zip(sums, terms, strict=True))
+        pairs = itertools.product((row(dz_ref, j, i) for j in range(count)), ys)
+        return tuple(arithmetic.multiply_add(*pair, total) for pair, total in zip(pairs, sums, strict=True))
 
     sums = iter(lax.fori_loop(0, n, add, (jnp.zeros((1, r), jnp.float32),) * (count * b1)))
     for j in range(count):

@@ -15,16 +15,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.lowering import Arithmetic, within
 from pallas_kernels.windows import Rows, Taps
 
 
 class Slab(NamedTuple):
-    """How the Refs of a launch hold slabs.
+    """How the Refs of a launch hold slabs, and how a kernel computes with them.
 
     at: (row, column, group) -> the index of a slab.
     channels: those of the slabs, in the Refs of a kernel.
     groups: slabs of each pixel, where they are summed over.
     width: columns of the source, if others may be read, which are zero.
+    repeated: whether the Refs of a kernel hold each of its rows for every image of a slab.
     """
 
     shape: tuple[int, int]
@@ -32,18 +34,41 @@ class Slab(NamedTuple):
     channels: Any = slice(None)
     groups: int = 1
     width: int | None = None
+    repeated: bool = False
+    arithmetic: Arithmetic = Arithmetic()
 
     def pixel(self, ref: Any, row: Any, column: Any, group: Any = 0) -> jax.Array:
         """A slab of the source, in float32."""
         if self.width is None:
-            return ref[self.at(row, column, group)].astype(jnp.float32)
-        nearest = lax.min(lax.max(jnp.int32(column), jnp.int32(0)), jnp.int32(self.width - 1))
-        x = ref[self.at(row, nearest, group)].astype(jnp.float32)
-        return jnp.where(nearest == column, x, 0.0)
+            return self._float32(ref[self.at(row, column, group)])
+        nearest = within(column, self.width)
+        return jnp.where(nearest == column, self._float32(ref[self.at(row, nearest, group)]), 0.0)
 
-    def broadcast(self, row: jax.Array) -> jax.Array:
-        """Numbers of each channel, as a slab."""
+    def cotangent(self, ref: Any, row: Any, column: Any, group: Any) -> jax.Array:
+        """A slab of the output's cotangent, in float32."""
+        return self._float32(ref[self.at(row, column, group)])
+
+    def weight(self, ref: Any, k_row: Any, k: Any) -> jax.Array:
+        """Those of a tap, as a slab."""
+        if self.repeated:
+            return self._float32(ref[k_row, k, :, self.channels])
+        return self._broadcast(ref[k_row, pl.ds(k, 1), self.channels])
+
+    def bias(self, ref: Any) -> jax.Array:
+        """That of a kernel, or zero, as a slab."""
+        if ref is None:
+            return jnp.zeros(self.shape, jnp.float32)
+        return self._broadcast(ref[:, self.channels])
+
+    def add(self, total: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+        """total + x y."""
+        return self.arithmetic.multiply_add(x, y, total)
+
+    def _broadcast(self, row: jax.Array) -> jax.Array:
         return jnp.broadcast_to(row.astype(jnp.float32), self.shape)
+
+    def _float32(self, slab: jax.Array) -> jax.Array:
+        return self.arithmetic.to_float32(slab)
 
 
 def correlate(
@@ -67,7 +92,6 @@ def correlate(
       after_row: called with each row that is done.
     """
     runs = _tiles(cols, tile, loop_tiles)
-    broadcast = slab.broadcast
 
     def kernel_row(taps: Taps, run: _Run, i: Any, j: Any, sums: _Sums) -> _Sums:
         row, k_row = taps.source + j * taps.source_step, taps.tap + j * taps.tap_step
@@ -75,17 +99,14 @@ def correlate(
 
         @functools.cache
         def weight(k: int) -> jax.Array:
-            return broadcast(w_ref[k_row, pl.ds(k + k_shift, 1), slab.channels])
+            return slab.weight(w_ref, k_row, k + k_shift)
 
         totals = list(sums)
         for column, uses in run.by_column():
             x = slab.pixel(x_ref, row, column + column_shift)
             for target, k in uses:
-                totals[target] = lax.add(totals[target], lax.mul(x, weight(k)))
+                totals[target] = slab.add(totals[target], x, weight(k))
         return tuple(totals)
-
-    def bias() -> jax.Array:
-        return jnp.zeros(slab.shape, jnp.float32) if b_ref is None else broadcast(b_ref[:, slab.channels])
 
     def leave(same: Rows, row: Any, run: _Run, i: Any, sums: Sequence[jax.Array]) -> None:
         for t, total in enumerate(sums):
@@ -94,7 +115,7 @@ def correlate(
 
     def target_tile(same: Rows, unroll: int, row: Any, run: _Run, i: Any, _: None) -> None:
         step = functools.partial(kernel_row, taps := same.taps.shifted(-row * same.advance), run, i)
-        leave(same, row, run, i, loop(taps.lo, taps.hi, unroll, step, (bias(),) * run.size))
+        leave(same, row, run, i, loop(taps.lo, taps.hi, unroll, step, (slab.bias(b_ref),) * run.size))
 
     def target_row(same: Rows, unroll: int, row: Any, _: None) -> None:
         for run in runs:
@@ -111,17 +132,15 @@ def correlate(
             for r in range(count)
             for j in range(taps.lo, taps.hi)
         )
-        weight = functools.cache(
-            lambda j, k: broadcast(w_ref[taps.tap + j * taps.tap_step, pl.ds(k, 1), slab.channels])
-        )
+        weight = functools.cache(lambda j, k: slab.weight(w_ref, taps.tap + j * taps.tap_step, k))
         for run in runs:
-            totals = [[bias()] * run.size for _ in chunk_rows]
+            totals = [[slab.bias(b_ref)] * run.size for _ in chunk_rows]
             for offset, readers in itertools.groupby(reads, lambda read: read[0]):
                 pairs = [(totals[r], j) for _, r, j in readers]
                 for column, uses in run.by_column():
                     x = slab.pixel(x_ref, taps.source + offset, column)
                     for (sums, j), (t, k) in itertools.product(pairs, uses):
-                        sums[t] = lax.add(sums[t], lax.mul(x, weight(j, k)))
+                        sums[t] = slab.add(sums[t], x, weight(j, k))
             for row, sums in zip(chunk_rows, totals, strict=True):
                 leave(same, row, run, 0, sums)
         if after_row:
@@ -142,7 +161,7 @@ def correlate(
 
 def correlate_together(
     x_ref: Any, w_ref: Any, b_ref: Any, o_ref: Any, *, slab: Slab, taps: Taps, sources: int, count: int,
-    cols: Sequence[Taps], tile: int,
+    cols: Sequence[Taps], tile: int, part: Any = None,
 ) -> None:  # fmt: skip
     """One block of `count` rows, of which each reads one source further on: each pixel is read for all of them.
 
@@ -150,32 +169,33 @@ def correlate_together(
       x_ref, w_ref, b_ref, o_ref, slab, cols, tile: as in `correlate`; tiles that read alike are a loop.
       taps: what the first row would read of a source without an end, one after the other.
       sources: the rows that there are.
+      part: the tile to compute, of `equal_tiles`; None: all.
     """
 
     def pixel_row(run: _Run, i: Any, q: Any, sums: tuple[_Sums, ...]) -> tuple[_Sums, ...]:
-        column_shift, k_shift = (i * step for step in run.shift)
+        source, (column_shift, k_shift) = within(taps.source + q, sources), (i * step for step in run.shift)
         pixels = [
-            (slab.pixel(x_ref, taps.source + q, column + column_shift), uses)
-            for column, uses in run.by_column()
+            (slab.pixel(x_ref, source, column + column_shift), uses) for column, uses in run.by_column()
         ]
 
         def add(k_row: Any, totals: _Sums) -> _Sums:
-            weight = functools.cache(
-                lambda k: slab.broadcast(w_ref[k_row, pl.ds(k + k_shift, 1), slab.channels])
-            )
+            weight = functools.cache(lambda k: slab.weight(w_ref, k_row, k + k_shift))
             found = list(totals)
             for x, uses in pixels:
                 for target, k in uses:
-                    found[target] = lax.add(found[target], lax.mul(x, weight(k)))
+                    found[target] = slab.add(found[target], x, weight(k))
             return tuple(found)
 
+        if count == 1:
+            return (add(q, sums[0]),)
         return tuple(
             lax.cond((q >= row) & (q < row + taps.hi), functools.partial(add, q - row), lambda t: t, totals)
             for row, totals in enumerate(sums)
         )
 
     def target_tile(run: _Run, i: Any, _: None) -> None:
-        sums = ((slab.broadcast(b_ref[:, slab.channels]),) * run.size,) * count
+        i = within(i, run.count)
+        sums = ((slab.bias(b_ref),) * run.size,) * count
         here = taps._replace(hi=taps.hi + count - 1).inside(sources)
         sums = loop(here.lo, here.hi, 1, functools.partial(pixel_row, run, i), sums)
         for row, totals in enumerate(sums):
@@ -183,7 +203,10 @@ def correlate_together(
                 o_ref[slab.at(row, (run.first + i) * tile + t, 0)] = total.astype(o_ref.dtype)
 
     for run in _tiles(cols, tile, loop=True):
-        loop(0, run.count, 1, functools.partial(target_tile, run), None)
+        if part is None:
+            loop(0, run.count, 1, functools.partial(target_tile, run), None)
+        else:
+            target_tile(run, part, None)
 
 
 def sum_of_each(slabs: Sequence[jax.Array]) -> list[jax.Array]:
@@ -209,13 +232,6 @@ def correlate_gradient(
       chunk: outputs of a row that are unrolled; chunks that read alike are a loop. None: the row.
       sum_images: slabs -> arrays of rows, which hold the sums over the images of one slab after the other.
     """
-    tiles = [range(start, min(start + tile, len(cols))) for start in range(0, len(cols), tile)]
-
-    def chunks(ks: range) -> list[_Run]:
-        reads = sorted((g, t, x) for t, k in enumerate(ks) for x, g in cols[k].pairs())
-        size = chunk or 1 + max((g for g, *_ in reads), default=0)
-        pieces = [list(piece) for _, piece in itertools.groupby(reads, lambda read: read[0] // size)]
-        return _runs(pieces, [len(ks)] * len(pieces), loop=True)
 
     def pixel_chunk(taps: Taps, run: _Run, group: Any, j: Any, i: Any, sums: _Sums) -> _Sums:
         column_shift, x_shift = (i * step for step in run.shift)
@@ -223,9 +239,9 @@ def correlate_gradient(
         pixel = functools.cache(lambda column: slab.pixel(x_ref, x_row, column + x_shift, group))
         totals = list(sums)
         for column, uses in run.by_column():
-            g = g_ref[slab.at(g_row, column + column_shift, group)].astype(jnp.float32)
+            g = slab.cotangent(g_ref, g_row, column + column_shift, group)
             for k, x_column in uses:
-                totals[k] = lax.add(totals[k], lax.mul(pixel(x_column), g))
+                totals[k] = slab.add(totals[k], pixel(x_column), g)
         return tuple(totals)
 
     def pixel_row(taps: Taps, runs: list[_Run], group: Any, j: Any, sums: _Sums) -> _Sums:
@@ -237,14 +253,83 @@ def correlate_gradient(
         return loop(taps.lo, taps.hi, unroll, functools.partial(pixel_row, taps, runs, group), sums)
 
     for k_row, taps in enumerate(rows):
-        for ks in tiles:
+        for ks, runs in _gradient_tiles(cols, tile, chunk):
             zeros = (jnp.zeros(slab.shape, jnp.float32),) * len(ks)
-            step = functools.partial(over_images, taps, chunks(ks))
+            step = functools.partial(over_images, taps, runs)
             sums = loop(0, slab.groups, unroll_groups, step, zeros)
             first = ks.start
             for total in sum_images(sums):
                 o_ref[k_row, pl.ds(first, len(total)), slab.channels] = total
                 first += len(total)
+
+
+def correlate_gradient_together(
+    x_ref: Any, g_ref: Any, o_ref: Any, *, slab: Slab, first: Any, count: int, live: Any, targets: int, lo: Any,
+    hi: Any, cols: Sequence[Taps], tile: int, chunk: int, part: Any = None,
+) -> None:  # fmt: skip
+    """One block's share in `count` neighbouring rows of the weight gradient: each pixel is read for all of them.
+
+    Args:
+      x_ref, g_ref, o_ref, slab, cols, tile, chunk: as in `correlate_gradient`.
+      first: the row of the input that the first row of outputs reads through the first of these kernel rows; through
+        each next one it reads one further on.
+      live: how many of the kernel rows there are.
+      targets: the rows of outputs.
+      lo, hi: the block's rows of the input.
+      part: the chunk to sum up, of `equal_chunks`; None: all.
+    """
+
+    def pixel_row(run: _Run, group: Any, i: Any, q: Any, sums: tuple[_Sums, ...]) -> tuple[_Sums, ...]:
+        source, (column_shift, x_shift) = within(q, x_ref.shape[1]), (i * step for step in run.shift)
+        columns = sorted({x_column for *_, x_column in run.reads})
+        pixels = {column: slab.pixel(x_ref, source, column + x_shift, group) for column in columns}
+
+        def add(row: Any, totals: _Sums) -> _Sums:
+            found = list(totals)
+            for column, uses in run.by_column():
+                g = slab.cotangent(g_ref, row, column + column_shift, group)
+                for k, x_column in uses:
+                    found[k] = slab.add(found[k], pixels[x_column], g)
+            return tuple(found)
+
+        def is_read(k_row: int) -> Any:
+            row = q - first - k_row
+            return (row >= 0) & (row < targets) & (k_row < live)
+
+        return tuple(
+            lax.cond(is_read(k_row), functools.partial(add, q - first - k_row), lambda t: t, totals)
+            for k_row, totals in enumerate(sums)
+        )
+
+    def over_rows(run: _Run, group: Any, i: Any, sums: Any) -> Any:
+        step = functools.partial(pixel_row, run, within(group, slab.groups), within(i, run.count))
+        return loop(lo, hi, 1, step, sums)
+
+    def over_images(runs: list[_Run], group: Any, sums: Any) -> Any:
+        for run in runs:
+            step = functools.partial(over_rows, run, group)
+            sums = loop(0, run.count, 1, step, sums) if part is None else step(part, sums)
+        return sums
+
+    for ks, runs in _gradient_tiles(cols, tile, chunk):
+        zeros = ((jnp.zeros(slab.shape, jnp.float32),) * len(ks),) * count
+        sums = loop(0, slab.groups, 1, functools.partial(over_images, runs), zeros)
+        for k_row, totals in enumerate(sums):
+            for k, total in zip(ks, sum_of_each(totals), strict=True):
+                o_ref[k_row, pl.ds(k, 1), slab.channels] = total
+
+
+def _gradient_tiles(cols: Sequence[Taps], tile: int, chunk: int | None) -> list[tuple[range, "list[_Run]"]]:
+    """Of each `tile` kernel columns, the chunks of outputs that are multiplied by what they read."""
+
+    def chunks(ks: range) -> list[_Run]:
+        reads = sorted((g, t, x) for t, k in enumerate(ks) for x, g in cols[k].pairs())
+        size = chunk or 1 + max((g for g, *_ in reads), default=0)
+        pieces = [list(piece) for _, piece in itertools.groupby(reads, lambda read: read[0] // size)]
+        return _runs(pieces, [len(ks)] * len(pieces), loop=True)
+
+    tiles = (range(start, min(start + tile, len(cols))) for start in range(0, len(cols), tile))
+    return [(ks, chunks(ks)) for ks in tiles]
 
 
 _Sums = tuple[jax.Array, ...]
@@ -270,6 +355,24 @@ class _Run(NamedTuple):
 def multiply_adds(cols: Sequence[Taps], tile: int) -> int:
     """Those in the code for one row of the kernel, in which tiles that read alike are a loop."""
     return sum(len(run.reads) for run in _tiles(cols, tile, loop=True))
+
+
+def equal_tiles(cols: Sequence[Taps], tile: int) -> int:
+    """How many tiles there are, if all read alike; otherwise 1."""
+    runs = _tiles(cols, tile, loop=True)
+    return runs[0].count if len(runs) == 1 else 1
+
+
+def equal_chunks(cols: Sequence[Taps], tile: int, chunk: int) -> int:
+    """How many chunks there are, if all read alike; otherwise 1."""
+    runs = [runs for _, runs in _gradient_tiles(cols, tile, chunk)]
+    counts = {found[0].count if len(found) == 1 else 1 for found in runs}
+    return counts.pop() if len(counts) == 1 else 1
+
+
+def gradient_multiply_adds(cols: Sequence[Taps], tile: int, chunk: int) -> int:
+    """Those in the code for one row of the kernel, in which chunks that read alike are a loop."""
+    return sum(len(run.reads) for _, runs in _gradient_tiles(cols, tile, chunk) for run in runs)
 
 
 def _tiles(cols: Sequence[Taps], size: int, loop: bool) -> list[_Run]:
