@@ -239,16 +239,16 @@ def test_gpus_multiply_and_add_in_one_instruction(dtype: Any) -> None:
     axis = Axis(28, 7, 1, 1, 3, 3)
     x, w = jax.ShapeDtypeStruct((64, 28, 28, 192), dtype), jax.ShapeDtypeStruct((7, 7, 192), dtype)
     y, s = jax.ShapeDtypeStruct((4, 64, 64), dtype), jax.ShapeDtypeStruct((2, 4, 64), dtype)
-    for function, arguments in (
-        (lambda x, w: gpu.convolve(x, w, None, Gather(axis), Gather(axis)), (x, w)),
-        (lambda x, g: gpu.weight_gradient(x, g, axis, axis), (x, x)),
-        (lambda y, s: gpu_blast._mix(y, s, 64, False), (y, s)),
-        (lambda dz, y: gpu_blast._mix_gradient(dz, y, 64, False), (y, y)),
+    for function, arguments, widened in (
+        (lambda x, w: gpu.convolve(x, w, None, Gather(axis), Gather(axis)), (x, w), True),
+        (lambda x, g: gpu.weight_gradient(x, g, axis, axis), (x, x), True),
+        (lambda y, s: gpu_blast._mix(y, s, 64, False), (y, s), False),
+        (lambda dz, y: gpu_blast._mix_gradient(dz, y, 64, False), (y, y), False),
     ):
         kernel = str(jax.make_jaxpr(function)(*arguments))
         assert kernel.count("fma.rn.f32") >= 2
         assert not re.search(r":f32\[\d+,\d+\] = (mul|add) ", kernel)
-        assert dtype == jnp.float32 or "blast" in kernel or kernel.count("shl.b32") >= 20
+        assert (kernel.count("shl.b32") >= 20) == (widened and dtype == jnp.bfloat16)
 
 
 @pytest.mark.sweep
