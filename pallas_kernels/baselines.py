@@ -19,8 +19,8 @@ import numpy as np
 
 from pallas_kernels.operators import Case
 
-# Bytes that no cache holds; the fewest and the most copies of a call's arguments.
-UNCACHED, FEWEST, MOST = 2**28, 4, 16
+# Bytes that no cache holds; the fewest and the most copies of a call's arguments: XLA compiles every call.
+UNCACHED, FEWEST, MOST = 2**28, 4, 8
 
 
 class Contestant(NamedTuple):
@@ -84,7 +84,7 @@ def of_jax(function: Callable[..., jax.Array], case: Case) -> Prepare:
 
 
 def calls_at_once(arrays: Sequence[np.ndarray]) -> int:
-    """How many calls with arguments like these are timed as one: on an accelerator as many as no cache holds."""
+    """How many calls with arguments like these are timed as one: on an accelerator as no cache holds, up to `MOST`."""
     if jax.default_backend() == "cpu":
         return 1
     return min(MOST, max(FEWEST, -(-UNCACHED // sum(a.nbytes for a in arrays))))

@@ -440,7 +440,7 @@ def _bench_cases() -> list[Case]:
     on_gpu = jax.default_backend() == "gpu"
     return [
         _case((batch, size, size, c), (k, k), dtype)
-        for batch in ((1, 64) if on_gpu else (1, 8))
+        for batch in ((64, 1) if on_gpu else (1, 8))
         for dtype in ((jnp.float32, jnp.bfloat16) if on_gpu else (jnp.float32,))
         for (c, size), k in itertools.product(((96, 56), (192, 28), (384, 14), (768, 7)), (3, 7, 13, 31))
     ]
