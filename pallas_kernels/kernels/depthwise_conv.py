@@ -26,7 +26,7 @@ class Slab(NamedTuple):
     channels: those of the slabs, in the Refs of a kernel.
     groups: slabs of each pixel, where they are summed over.
     width: columns of the source, if others may be read, which are zero.
-    repeated: whether the Refs of a kernel hold each of its rows for every image of a slab.
+    repeated: whether the weights of a tap are stored as a slab, once for every image.
     """
 
     shape: tuple[int, int]
@@ -79,8 +79,8 @@ def correlate(
     """One block of a depthwise convolution, or of its input gradient: o = b + the sum over taps of x * w.
 
     Args:
-      x_ref, o_ref: source and target slabs; w_ref: [kernel rows, kernel columns, channels]; b_ref: [1, channels] or
-        None.
+      x_ref, o_ref: source and target slabs; w_ref: [kernel rows, kernel columns, channels], or slabs of weights if
+        `slab` says so; b_ref: [1, channels] or None.
       slab: how the Refs of slabs are indexed.
       rows: the block's rows and what they read; cols: what each of its columns reads.
       tile: columns that are accumulated together, in registers.
