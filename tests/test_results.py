@@ -55,10 +55,10 @@ LEAST_BESIDE_DENSE = {
 # Of the vector units' peak, with 13x13 kernels: counting padded work, by the size of images whose channels fill the
 # lanes. Others share lanes, which saves padding: it is counted as if they didn't.
 LEAST_OF_CONVOLUTION = {
-    "v5e": {7: 80, 12: 86, 14: 87, 24: 85, 28: 83, 48: 83},
-    "v6e": {7: 83, 12: 88, 14: 89, 24: 89, 28: 86, 48: 95},
+    "v5e": {7: 80, 12: 86, 14: 87, 24: 85, 28: 86, 48: 83},
+    "v6e": {7: 83, 12: 88, 14: 89, 24: 89, 28: 89, 48: 95},
 }
-LEAST_WHERE_LANES_ARE_SHARED = 79
+LEAST_WHERE_LANES_ARE_SHARED = {7: 79, 12: 88, 14: 92, 24: 88, 28: 86, 48: 89}
 
 
 def rows(path: str) -> list[dict[str, str]]:
@@ -142,4 +142,4 @@ def test_convolutions_use_the_vector_units(target: str) -> None:
             assert padded >= LEAST_OF_CONVOLUTION[target][size], (size, channels)
         else:
             lanes = -(-channels // 128) * 128
-            assert true * lanes / channels >= LEAST_WHERE_LANES_ARE_SHARED, (size, channels)
+            assert true * lanes / channels >= LEAST_WHERE_LANES_ARE_SHARED[size], (size, channels)
