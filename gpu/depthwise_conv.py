@@ -5,7 +5,7 @@ width, channels). A program computes a tile of columns in a row of the image, or
 taps in the padding are skipped or read zeros, so nothing is padded but channels that no block divides.
 
 That is mostly multiply-adds, of pixels that several rows share. Programs wait for memory all the same, so there are
-many small ones. What indices are known to be `within` the compiler adds to the address of a load for nothing.
+many small ones. Indices go through `within`, so that the loads of a row share one address.
 """
 
 import functools
@@ -84,10 +84,10 @@ def convolve(
     pieces, w, *biases = (_whole_blocks(a, plan) for a in (strips.cut(x), w, bias) if a is not None)
     count, height, width, lanes = pieces.shape
     slab = _slab(plan, interpret)._replace(width=width if outside else None)
-    alike = (rows.transposed, rows.axis.stride, rows.axis.dilation) == (False, 1, 1)
-    tiles = equal_tiles(columns, tile) if alike else 1
+    consecutive = (rows.transposed, rows.axis.stride, rows.axis.dilation) == (False, 1, 1)
+    tiles = equal_tiles(columns, tile) if consecutive else 1
     threads = count * rows.targets * tiles * lanes * x.dtype.itemsize // 4
-    together = _together(rows, columns, tile, x.dtype.itemsize, threads) if alike else 1
+    together = _together(rows, columns, tile, x.dtype.itemsize, threads) if consecutive else 1
     size = together * rows.period
     blocks = -(-rows.targets // size)
     place = functools.partial(_place, sizes=(count // plan.images, blocks, tiles))
@@ -97,7 +97,7 @@ def convolve(
         refs = x_ref, w_ref, others[0] if biases else None, others[-1]
         _, block, part = place(pl.program_id(0))
         taps = [rows.taps(r).shifted(-block * together * rows.advance) for r in range(rows.period)]
-        if alike:
+        if consecutive:
             correlate_together(
                 *refs, slab=slab, taps=taps[0], sources=rows.sources, count=together, cols=columns, tile=tile,
                 part=part if tiles > 1 else None,
@@ -109,7 +109,7 @@ def convolve(
             tile=tile, unroll=1, unrolled_rows=2, loop_tiles=True,
         )  # fmt: skip
 
-    # A tap's weights for every image of a slab, as its pixels lie: threads would have to exchange them.
+    # Weights lie as pixels do, once for every image of a slab; otherwise threads would have to exchange them.
     w = jnp.broadcast_to(w[:, :, None], (*w.shape[:2], plan.images, lanes))
     out = launch(
         body, pieces, w, *(b[None] for b in biases),
@@ -149,14 +149,14 @@ def weight_gradient(
     plan = _plan(n, c, x.dtype.itemsize, Gather(cols), width=cols.kernel)
     strips = plan.strips
     tile = -(-cols.kernel // -(-cols.kernel // TILE))
-    alike = (rows.stride, rows.dilation) == (1, 1)
-    chunk = _chunk(strips.size, tile, x.dtype.itemsize, alike)
+    consecutive = (rows.stride, rows.dilation) == (1, 1)
+    chunk = _chunk(strips.size, tile, x.dtype.itemsize, consecutive)
     columns, outside = _alike(strips.kernel_columns, strips.all_kernel_columns, strips.size > chunk)
     pieces, cotangents = (_whole_blocks(s.cut(a), plan) for a, s in ((x, strips), (g, strips.of_targets())))
     count, *_, lanes = pieces.shape
     warps = lanes // plan.channels * plan.num_warps(x.dtype.itemsize)
     chunks, most = 1, 1
-    if alike:
+    if consecutive:
         chunks = equal_chunks(columns, tile, chunk)
         most = _most_kernel_rows(columns, tile, chunk, x.dtype.itemsize)
     parts = _parts(rows, count // plan.images, chunks, warps, most)
@@ -169,7 +169,7 @@ def weight_gradient(
     def body(*refs: Any) -> None:
         _, row, part, block = place(pl.program_id(0))
         options = {"slab": slab, "cols": columns, "tile": tile, "chunk": chunk}
-        if not alike:
+        if not consecutive:
             correlate_gradient(*refs, rows=[rows.tap_range(block)], unroll=1, **options)
             return
         first = block * together - rows.pad_lo
@@ -230,9 +230,9 @@ def _most_kernel_rows(columns: Sequence[Taps], tile: int, chunk: int, itemsize: 
     return max(1, min(sums, GRADIENT_TOGETHER_CODE // code))
 
 
-def _chunk(size: int, tile: int, itemsize: int, alike: bool) -> int:
-    """Outputs of a row that are unrolled."""
-    if alike:
+def _chunk(size: int, tile: int, itemsize: int, consecutive: bool) -> int:
+    """Outputs of a row that are unrolled; `consecutive` kernel rows share what they read."""
+    if consecutive:
         return -(-size // -(-size // CHUNK))
     most = min((GRADIENT_READS - tile) // 2, GRADIENT_CODE * itemsize // (4 * tile))
     return -(-size // (1 if 2 * size <= GRADIENT_READS else -(-size // most)))
