@@ -20,7 +20,7 @@ import numpy as np
 from pallas_kernels.operators import Case
 
 # Bytes that no cache holds; the fewest and the most copies of a call's arguments: XLA compiles every call.
-UNCACHED, FEWEST, MOST = 2**28, 4, 8
+UNCACHED, FEWEST, MOST = 2**28, 4, 32
 
 
 class Contestant(NamedTuple):

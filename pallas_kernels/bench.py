@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -29,12 +29,14 @@ from pallas_kernels.baselines import Contestant, cpus, of_jax
 from pallas_kernels.operators import Case, Operator
 from pallas_kernels.progress import Progress
 
+# Ours, as it is chosen for the device, which on a CPU is XLA's; and XLA's elsewhere.
 OURS = "pallas-kernels"
+IN_XLA = f"{OURS}, XLA"
 PASSES = ("forward", "forward+backward")
 # Seconds for one pass of a case, all contestants together, and the rounds that it gets at least and at most. A GPU's
 # times are steadier.
 BUDGET, MIN_ROUNDS, MAX_ROUNDS = 2.0, 7, 200
-BUDGET_ON_GPU = 0.5
+BUDGET_ON_GPU, MIN_ROUNDS_ON_GPU = 0.5, 5
 # Seconds that the threads of a CPU's contestant may go on looking for work, which the next one would pay for.
 RESTLESS = 0.02
 # Milliseconds of work that a GPU is given at once, and how many programs that may be.
@@ -69,13 +71,21 @@ class Timing(NamedTuple):
     note: str = ""
 
 
-def run(names: list[str], *, out: str | None = None, only: str | None = None, apart: bool = False) -> int:
+def run(
+    names: list[str],
+    *,
+    out: str | None = None,
+    only: str | None = None,
+    against: Sequence[str] = (),
+    apart: bool = False,
+) -> int:
     """Time operators against their baselines; print a table.
 
     Args:
       names: of operators.
       out: a CSV file to write, case by case, and beside it a chart, as PNG.
       only: time the cases with this in their name.
+      against: time ours and the baselines with one of these in their name; all of them if there is none.
       apart: give every contestant a process of its own, and take its peak memory.
 
     Returns:
@@ -83,7 +93,7 @@ def run(names: list[str], *, out: str | None = None, only: str | None = None, ap
 
     Raises:
       ImportError: a chart is wanted, and matplotlib is missing.
-      ValueError: no case has `only` in its name.
+      ValueError: no case has `only` in its name, or no baseline one of `against`.
 
     Example:
       >>> from pallas_kernels import bench
@@ -92,6 +102,10 @@ def run(names: list[str], *, out: str | None = None, only: str | None = None, ap
     plot = _pyplot() if out else None
     known = operators.benchmarks()
     jobs = operators.named(((known[n], c) for n in names for c in known[n].bench_cases()), only)
+    contestants = dict.fromkeys(c for operator, _ in jobs for c in _contestants(operator)[1:])
+    for part in against:
+        if not any(part in name for name in contestants):
+            raise operators.NoSuchName(f"no baseline has {part!r} in its name: {', '.join(contestants)}")
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
     device = f"{jax.devices()[0].device_kind}, {cpus()} CPU{'s' * (cpus() > 1)}"
@@ -102,7 +116,8 @@ def run(names: list[str], *, out: str | None = None, only: str | None = None, ap
         writer = csv.writer(file)
         writer.writerow([*Timing._fields, "jax", "device"])
         for operator, case in jobs:
-            rows = list(time_case_apart(operator, case) if apart else time_case(operator, case))
+            time_one = time_case_apart if apart else time_case
+            rows = list(time_one(operator, case, _contestants(operator, against)))
             timings += rows
             print("\n".join(map(_line, rows)), flush=True)
             writer.writerows([*row, jax.__version__, device] for row in rows)
@@ -115,10 +130,17 @@ def run(names: list[str], *, out: str | None = None, only: str | None = None, ap
     return int(any(t.note.startswith("wrong") for t in timings))
 
 
-def time_case_apart(operator: Operator, case: Case) -> Iterator[Timing]:
-    """The same, each contestant in a process of its own."""
+def _contestants(operator: Operator, against: Sequence[str] = ()) -> list[str]:
+    """The names of ours and of the baselines that are asked for, which are all if `against` is empty."""
+    in_xla = () if jax.default_backend() == "cpu" or operator.contestant else (IN_XLA,)
+    known = (*in_xla, *operator.baselines)
+    return [OURS, *(name for name in known if not against or any(part in name for part in against))]
+
+
+def time_case_apart(operator: Operator, case: Case, names: Collection[str] | None = None) -> Iterator[Timing]:
+    """The same as `time_case`, each contestant in a process of its own."""
     found: dict[str, list[Timing]] = {}
-    for name in (OURS, *operator.baselines):
+    for name in _contestants(operator) if names is None else names:
         # A new process for each: not forked, which threads don't survive, and not used again.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
             found[name] = alone.submit(_time_alone, operator.name, case.name, name).result()
@@ -141,13 +163,10 @@ def time_case(operator: Operator, case: Case, names: Collection[str] | None = No
     cotangent = np.random.default_rng(1).normal(size=aval.shape).astype(aval.dtype)
     ours = operator.contestant or partial(of_jax, partial(operator.function, **case.options))
     contestants, notes = {}, {}
-    in_xla = partial(operator.function, **case.options, implementation="xla")
-    on_cpu = jax.default_backend() == "cpu"  # where ours is XLA's
-    ours_in_xla = {} if on_cpu or operator.contestant else {f"{OURS}, XLA": partial(of_jax, in_xla)}
-    for name, of_case in {OURS: ours, **ours_in_xla, **operator.baselines}.items():
-        if names is not None and name not in names:
-            continue
-        prepare = of_case(case)
+    in_xla = partial(of_jax, partial(operator.function, **case.options, implementation="xla"))
+    known = {OURS: ours, IN_XLA: in_xla, **operator.baselines}
+    for name in _contestants(operator) if names is None else names:
+        prepare = known[name](case)
         if prepare is None:
             notes[name] = "can't run this"
         else:
@@ -232,9 +251,9 @@ def _time(contestants: Mapping[str, Contestant], what: str) -> Iterator[Timing]:
     runs = {name: _timer(contestant, what) for name, contestant in contestants.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     on_cpu = jax.default_backend() == "cpu"
-    budget = BUDGET if on_cpu else BUDGET_ON_GPU
+    budget, least = (BUDGET, MIN_ROUNDS) if on_cpu else (BUDGET_ON_GPU, MIN_ROUNDS_ON_GPU)
     start, rounds = time.perf_counter(), 0
-    while rounds < MIN_ROUNDS or (rounds < MAX_ROUNDS and time.perf_counter() - start < budget):
+    while rounds < least or (rounds < MAX_ROUNDS and time.perf_counter() - start < budget):
         rounds += 1
         for name, call in runs.items():
             if on_cpu and len(runs) > 1:

@@ -20,7 +20,7 @@ import jax
 from absl import flags
 
 from pallas_kernels import aot, demos, testing
-from pallas_kernels.operators import Case, NoSuchCase, Operator, benchmarks, named, operators
+from pallas_kernels.operators import Case, NoSuchName, Operator, benchmarks, named, operators
 from pallas_kernels.progress import Progress
 
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return status
-    except (UsageError, NoSuchCase, demos.NoPicture, flags.Error, *_BAD_PATHS) as e:
+    except (UsageError, NoSuchName, demos.NoPicture, flags.Error, *_BAD_PATHS) as e:
         status, message = 2, str(e)
     except ImportError as e:
         if "pip install" not in str(e):
@@ -327,11 +327,12 @@ def _bench(values: flags.FlagValues, names: list[str]) -> int:
       pallas-kernels bench depthwise_conv --only 56x56 --out times.csv
       pallas-kernels bench he
       pallas-kernels bench fft_conv --apart
+      pallas-kernels bench depthwise_conv --against torch,lax
     """
     from pallas_kernels import bench
 
     chosen = [o.name for o in _operators(names, benchmarks)]
-    return bench.run(chosen, out=values.out, only=values.only, apart=values.apart)
+    return bench.run(chosen, out=values.out, only=values.only, against=values.against, apart=values.apart)
 
 
 def _demo(values: flags.FlagValues, names: list[str]) -> int:
@@ -422,6 +423,7 @@ COMMANDS = {
         (
             (flags.DEFINE_string, "out", None, "the CSV to write, with a chart beside it"),
             (flags.DEFINE_string, "only", None, "time the cases with this in their name"),
+            (flags.DEFINE_list, "against", [], "time beside baselines with one of these in their name only"),
             (flags.DEFINE_bool, "apart", False, "a process for each contestant, and its peak memory"),
         ),
     ),
@@ -448,7 +450,7 @@ def _help_of(name: str) -> str:
     lines = [f"pallas-kernels {name} {command.arguments}".rstrip(), "", _docstring(command), ""]
     for define, flag, default, text in command.flags:
         value = "" if define is flags.DEFINE_bool else "=..."
-        shown = f" (default: {','.join(default)})" if isinstance(default, list) else ""
+        shown = f" (default: {','.join(default)})" if default and isinstance(default, list) else ""
         shown = f" (default; --no{flag} turns it off)" if default is True else shown
         lines.append(f"  --{flag + value:14}{text}{shown}")
     return "\n".join(lines).rstrip()

@@ -80,13 +80,13 @@ def benchmarks() -> dict[str, Operator]:
     return {**operators(), BENCHMARK.name: BENCHMARK}
 
 
-class NoSuchCase(ValueError):
-    """No case has a name like the one asked for."""
+class NoSuchName(ValueError):
+    """No case, or no baseline, has a name like the one asked for."""
 
 
 def named(cases: Iterable[tuple[Operator, Case]], only: str | None) -> list[tuple[Operator, Case]]:
     """Those with `only` in the case's name, or all."""
     chosen = [(operator, case) for operator, case in cases if only is None or only in case.name]
     if not chosen:
-        raise NoSuchCase(f"no case has {only!r} in its name")
+        raise NoSuchName(f"no case has {only!r} in its name")
     return chosen

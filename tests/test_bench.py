@@ -88,6 +88,17 @@ def test_all_right_is_status_0(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bench.run(["scaled"], only="by 3") == 0
 
 
+def test_against_some_baselines_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.run(["scaled"], only="by 3", against=["same", "the"]) == 0
+    assert {row.split("  ")[-1].strip() for row in capsys.readouterr().out.splitlines()[1:]} == {
+        bench.OURS,
+        "the same",
+    }
+    assert bench.run(["scaled"], only="by 3", against=["wrong"]) == 1
+    with pytest.raises(operators.NoSuchName, match="no baseline has 'right' in its name: the same, wrong, "):
+        bench.run(["scaled"], against=["same", "right"])
+
+
 def test_a_contestant_and_a_tolerance_of_an_operator_s_own() -> None:
     def off(case: Case) -> Any:
         return of_jax(lambda x, y: scaled(x, y) * (1 + 2e-6), case)

@@ -220,11 +220,11 @@ def test_bench_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = SimpleNamespace(run=lambda names, **options: calls.append((names, options)) or 3)
     monkeypatch.setattr(pallas_kernels, "bench", bench, raising=False)
     monkeypatch.setattr(cli, "benchmarks", lambda: {"double": DOUBLE})
-    assert cli.main(["bench", "--out=times.csv", "double", "--only", "56", "--apart"]) == 3
+    assert cli.main(["bench", "--out=times.csv", "double", "--only", "56", "--apart", "--against=a,b"]) == 3
     assert cli.main(["bench"]) == 3
     assert calls == [
-        (["double"], {"out": "times.csv", "only": "56", "apart": True}),
-        (["double"], {"out": None, "only": None, "apart": False}),
+        (["double"], {"out": "times.csv", "only": "56", "against": ["a", "b"], "apart": True}),
+        (["double"], {"out": None, "only": None, "against": [], "apart": False}),
     ]
 
 
