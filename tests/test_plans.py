@@ -83,8 +83,10 @@ def test_tpu_plans(monkeypatch: pytest.MonkeyPatch, geometry: Any, numbers: Any)
 
     def plan(n: int, c: int, itemsize: int, rows: Gather, cols: Gather, *, gradient: bool) -> tpu.Plan:
         plan = laid_out(rows, cols, places, block, piece, unroll=unroll)
-        groups = gradient and places == "batch" and unroll > 4
-        return plan._replace(groups=plan.programs(n, c)[0]) if groups else plan
+        if not (gradient and places == "batch" and unroll > 4):
+            return plan
+        groups = plan.programs(n, c)[0]
+        return plan._replace(groups=groups, at_once=min(groups, slabs.GROUPS[0]))
 
     monkeypatch.setattr(tpu, "_plan", plan)
     axes, x, w, g = arrays(*geometry)
@@ -163,6 +165,33 @@ def test_tpu_rows_are_copied_amid_the_convolution_of_others(
     assert plan.streams
     got = tpu.convolve(x, w, None, Gather(rows), Gather(cols), dtype=jnp.float32, interpret=True)
     assert_near([got], [reference(x.astype(jnp.float32), w, padding=[padding, (1, 0)])])
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("at_once", slabs.GROUPS)
+@pytest.mark.parametrize(
+    "geometry",
+    [((64, 3, 2, 130), (5, 3), 1), ((32, 5, 2, 8), (2, 1), 2), ((32, 6, 1, 8), (2, 1), 1)],
+    ids=str,
+)
+@pytest.mark.parametrize("block", [1, 99])
+def test_tpu_narrow_pixels_are_converted_amid_sums(
+    monkeypatch: pytest.MonkeyPatch, block: int, geometry: Any, at_once: int
+) -> None:
+    plans = []
+
+    def plan(n: int, c: int, _: int, rows: Gather, cols: Gather, *, gradient: bool) -> tpu.Plan:
+        plan = laid_out(rows, cols, "batch", block, lanes=-(-c // slabs.LANES), unroll=64)
+        plans.append(plan._replace(groups=plan.programs(n, c)[0], at_once=at_once))
+        assert plans[-1].converts_amid
+        return plans[-1]
+
+    monkeypatch.setattr(tpu, "_plan", plan)
+    axes, x, w, g = arrays(*geometry)
+    x, g = (a.astype(jnp.bfloat16) for a in (x, g))
+    got = tpu.weight_gradient(x, g, *axes, interpret=True)
+    assert_near([got], expected(x.astype(jnp.float32), w, g.astype(jnp.float32), *geometry[1:])[2:])
+    assert plans
 
 
 def test_tpu_kernel_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,9 @@ from pallas_kernels.windows import Blocks, Strips
 IMAGES, LANES = 8, 128
 # Rows that are gathered, or put back, in one iteration.
 ROWS = 4
-# Groups of images in one iteration of the loop over them.
-GROUPS = 4
+# Groups of images in one iteration of the loop over them, at best and at least: pairs of them fill registers of 16-bit
+# numbers.
+GROUPS = 4, 2
 # Taps from which on a pixel's multiply-adds take longer than to copy it.
 MANY_TAPS = 49
 
@@ -67,6 +68,7 @@ class Plan(NamedTuple):
     steps: whether those are steps of the grid, which share the code and what was gathered, or all stand in the code.
     fold: blocks of images whose channels lie side by side in those lanes, and which come and go one a step.
     groups: of 8 images in a block, where images are summed over.
+    at_once: of those, in one iteration of the loop over them.
     unroll: rows, of the kernel or of pixels, in one iteration of the inner loop.
     """
 
@@ -78,6 +80,7 @@ class Plan(NamedTuple):
     steps: bool = False
     fold: int = 1
     groups: int = 1
+    at_once: int = 1
     unroll: int = 1
 
     @property
@@ -106,9 +109,17 @@ class Plan(NamedTuple):
         return self.blocks.gather.axis.kernel * self.strips.gather.axis.kernel >= MANY_TAPS
 
     @property
+    def converts_amid(self) -> bool:
+        """Whether narrow pixels, where they are summed over images, are converted amid the first sums that read them.
+
+        They are in registers then, for multiply-adds, amid which they are stored for the next ones.
+        """
+        return self.at_once % 2 == self.groups % self.at_once == 0 and not self.steps
+
+    @property
     def repeats(self) -> int:
         """How often the code of a slab stands in a program."""
-        return (1 if self.steps else self.lanes) * min(GROUPS, self.groups)
+        return (1 if self.steps else self.lanes) * self.at_once
 
     def channels(self, c: int) -> int:
         """Channels in a program: all, or as many as its lanes hold."""
@@ -219,6 +230,13 @@ class Slabs(NamedTuple):
                     zeros = jnp.zeros((hi - lo, lanes.stop - lanes.start), jnp.float32)
                     slabs[self._in_row(group, row, lo, hi), lanes] = zeros
             slabs[self._columns(group, row, lanes)] = values[..., channels]
+
+    def gather_some(self, group: int, ref: Any, slabs: Any, row: int, first: Any) -> None:
+        """Fill the lanes of a group, in a row of the images of an iteration, of which this is the `first` group."""
+        size = self.plan.at_once * IMAGES
+        images = pl.ds(pl.multiple_of(first * IMAGES, size), size)
+        _, lanes, channels = list(self._parts(0))[group]
+        slabs[group, row, :, images, lanes] = ref[row, :, images, channels].astype(jnp.float32)
 
     def put_back(self, block: int, slabs: Any, ref: Any, rows: range | None = None) -> None:
         self._each_row(rows, lambda row, _: self.put_row(block, slabs, ref, row))

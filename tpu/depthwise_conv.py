@@ -50,9 +50,10 @@ MANY_ROWS = 9
 # Cycles, measured on v5e: to start a program, to start an iteration of a loop, to reduce one sum over the images, to
 # fetch the code of a multiply-add.
 PROGRAM, ITERATION, REDUCTION, CODE = 250, 12, 0.5, 0.3
-# To gather a register of pixels or put it back: as it lies, with strips apart, turned; and if it is folded.
+# To gather a register of pixels or put it back: as it lies, with strips apart, turned; and if it is folded, or only
+# converted amid the multiply-adds.
 GATHERING: dict[Places, float] = {"batch": 1, "strips": 2, "images": 4}
-FOLDING = 4
+FOLDING, AMID = 4, 0.55
 # Cycles, as XLA estimates them, to copy a register of pixels from the layout that it gives an array to the one that
 # the kernel reads, to pad its channels, and to do more than that.
 TRANSPOSITION, PADDING, REGROUPING = 16, 22, 150
@@ -132,7 +133,7 @@ def convolve(
 
     nbytes = x.nbytes + n * rows.targets * cols.targets * c * dtype.itemsize + w.nbytes
     images, channels = plan.programs(n, c)
-    sizes = rows.targets, plan.pieces.size, images * plan.batch, channels * plan.channels(c)
+    sizes = rows.targets, plan.pieces.size, images * plan.batch, c
     out = launch(
         body, _arrange(x, plan), *weights,
         platform="tpu", interpret=interpret, name="depthwise_conv" + "_input_gradient" * rows.transposed,
@@ -184,17 +185,29 @@ def weight_gradient(
         def start_from_zero() -> None:
             o_ref[...] = jnp.zeros_like(o_ref)
 
-        for block in come:
+        amid = sources.copied and plan.converts_amid
+        for block in () if amid else come:
             pl.when(step == block)(functools.partial(sources.gather, block, x_ref, x_slabs))
             pl.when(step == block)(functools.partial(targets.gather, block, g_ref, g_slabs))
 
         def rows_of_kind(first: int) -> None:
+            kernel_rows = blocks.kernel_rows(first)
+            sides = (
+                (sources, x_ref, x_slabs, _first_reads([{x for x, _ in t.pairs()} for t in kernel_rows])),
+                (targets, g_ref, g_slabs, _first_reads([{g for _, g in t.pairs()} for t in kernel_rows])),
+            )
+
+            def convert(group: int, k_row: int, images: Any) -> None:
+                for side, ref, slabs, new in sides:
+                    for row in new[k_row]:
+                        side.gather_some(group, ref, slabs, row, images)
+
             for group in schedule.groups(step):
                 correlate_gradient(
                     sources.of(x_slabs, group), targets.of(g_slabs, group), _Sums(o_ref),
-                    slab=sources.slab(group), rows=blocks.kernel_rows(first), cols=columns,
-                    tile=_tile(plan.strips, gradient=True), unroll=plan.unroll, unroll_groups=GROUPS,
-                    sum_images=_sum_images,
+                    slab=sources.slab(group), rows=kernel_rows, cols=columns,
+                    tile=_tile(plan.strips, gradient=True), unroll=plan.unroll, unroll_groups=plan.at_once,
+                    sum_images=_sum_images, before=functools.partial(convert, group) if amid else None,
                 )  # fmt: skip
 
         each_kind = functools.partial(_each_kind, blocks, block_of_rows, rows_of_kind)
@@ -222,6 +235,11 @@ def weight_gradient(
     )  # fmt: skip
     total = sums.sum(0)
     return sum((total[..., i * c : (i + 1) * c] for i in range(1, plan.fold)), total[..., :c])
+
+
+def _first_reads(rows: Sequence[set[int]]) -> list[set[int]]:
+    """Of the rows that each row of the kernel reads, those that none before it does."""
+    return [read.difference(*rows[:k_row]) for k_row, read in enumerate(rows)]
 
 
 class _Sums(NamedTuple):
@@ -311,8 +329,8 @@ def _group_choices(n: int, c: int, itemsize: int, plan: Plan, gradient: bool) ->
     for choice in _lane_choices(n, c, itemsize, plan, gradient):
         images = choice.programs(n, c)[0] if can_loop and choice.fold == 1 else 1
         for groups in {1, images}:
-            if (grouped := choice._replace(groups=groups)).repeats * code <= CODE_BUDGET:
-                yield grouped
+            sizes = (choice._replace(groups=groups, at_once=min(groups, most)) for most in GROUPS)
+            yield from [plan for plan in sizes if plan.repeats * code <= CODE_BUDGET][:1]
 
 
 def _lane_choices(n: int, c: int, itemsize: int, plan: Plan, gradient: bool) -> Iterator[Plan]:
@@ -417,7 +435,7 @@ def _launch_cycles(n: int, c: int, itemsize: int, plan: Plan, gradient: bool, co
     start = PROGRAM * plan.schedule(c).length + _gathering_cycles(plan, sides, itemsize, gradient)
     if gradient:
         start += REDUCTION * plan.lanes * rows.axis.kernel * cols.axis.kernel
-        cycles += ITERATION * rows.axis.kernel / GROUPS * (plan.groups > 1)
+        cycles += ITERATION * rows.axis.kernel / plan.at_once * (plan.groups > 1)
     exposed = (sum(side.moved_bytes(itemsize) for side in sides) + _kernel_bytes(plan)) / BANDWIDTH
     registers = max(1.0, n / IMAGES) * -(-c // LANES)
     copies = registers * (
@@ -435,6 +453,8 @@ def _gathering_cycles(plan: Plan, sides: Sequence[Slabs], itemsize: int, gradien
     if plan.streams and not gradient:
         return 0
     registers = sum(side.nbytes(4) for side in sides if side.copied) / (IMAGES * LANES * 4)
+    if gradient and plan.converts_amid:
+        return AMID * registers
     # Eight images fill half of a register of 16-bit numbers.
     halves = 2 if plan.places == "batch" and plan.groups == 1 and itemsize < 4 else 1
     return registers * (FOLDING * plan.fold if plan.fold > 1 else GATHERING[plan.places] * halves)
@@ -445,7 +465,7 @@ def _copy_cycles(n: int, c: int, columns: int, plan: Plan) -> float:
     if plan.pieces.count > 1 or (plan.places == "batch" and n % IMAGES):
         return REGROUPING
     batch_is_minor = columns % IMAGES != 0 and n % IMAGES == 0
-    padded = plan.programs(n, c)[1] * plan.channels(c) != c
+    padded = _missing_channels(c, plan) > 0
     return TRANSPOSITION * (batch_is_minor != (plan.places == "batch")) + PADDING * padded
 
 
@@ -482,8 +502,13 @@ def _arrange(x: jax.Array, plan: Plan) -> jax.Array:
     """The array that the launch reads, filled up to whole programs."""
     x = plan.pieces.cut(x)
     n, *_, c = x.shape
-    x = jnp.pad(x, ((0, -n % plan.batch), (0, 0), (0, 0), (0, -c % plan.channels(c))))
+    x = jnp.pad(x, ((0, -n % plan.batch), (0, 0), (0, 0), (0, _missing_channels(c, plan))))
     return x.transpose(1, 2, 0, 3) if plan.places == "batch" else x
+
+
+def _missing_channels(c: int, plan: Plan) -> int:
+    """How many fill up the last program. It may lack some, unless blocks of rows overlap: those must be whole."""
+    return -c % plan.channels(c) if plan.blocks.count > 1 else 0
 
 
 def _from_arranged(o: jax.Array, n: int, c: int, width: int, plan: Plan) -> jax.Array:

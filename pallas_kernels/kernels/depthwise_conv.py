@@ -218,6 +218,7 @@ def correlate_gradient(
     x_ref: Any, g_ref: Any, o_ref: Any, *, slab: Slab, rows: Sequence[Taps], cols: Sequence[Taps],
     tile: int, unroll: int, unroll_groups: int = 1, chunk: int | None = None,
     sum_images: Callable[[Sequence[jax.Array]], Sequence[jax.Array]] = sum_of_each,
+    before: Callable[[int, Any], None] | None = None,
 ) -> None:  # fmt: skip
     """One block's share of the weight gradient of a depthwise convolution: o[k] = sum over images and pixels of x * g.
 
@@ -231,7 +232,10 @@ def correlate_gradient(
       unroll, unroll_groups: rows of pixels, and groups, in one iteration of the loops over them.
       chunk: outputs of a row that are unrolled; chunks that read alike are a loop. None: the row.
       sum_images: slabs -> arrays of rows, which hold the sums over the images of one slab after the other.
+      before: called with each kernel row, and the first of each `unroll_groups` groups, before it sums over them; the
+        groups are so many, or a multiple.
     """
+    together = unroll_groups if before else 1
 
     def pixel_chunk(taps: Taps, run: _Run, group: Any, j: Any, i: Any, sums: _Sums) -> _Sums:
         column_shift, x_shift = (i * step for step in run.shift)
@@ -249,14 +253,19 @@ def correlate_gradient(
             sums = loop(0, run.count, 1, functools.partial(pixel_chunk, taps, run, group, j), sums)
         return sums
 
-    def over_images(taps: Taps, runs: list[_Run], group: Any, sums: _Sums) -> _Sums:
-        return loop(taps.lo, taps.hi, unroll, functools.partial(pixel_row, taps, runs, group), sums)
+    def over_images(k_row: int, taps: Taps, ks: range, runs: list[_Run], i: Any, sums: _Sums) -> _Sums:
+        if before and ks.start == 0:
+            before(k_row, i * together)
+        for group in range(together):
+            step = functools.partial(pixel_row, taps, runs, i * together + group)
+            sums = loop(taps.lo, taps.hi, unroll, step, sums)
+        return sums
 
     for k_row, taps in enumerate(rows):
         for ks, runs in _gradient_tiles(cols, tile, chunk):
             zeros = (jnp.zeros(slab.shape, jnp.float32),) * len(ks)
-            step = functools.partial(over_images, taps, runs)
-            sums = loop(0, slab.groups, unroll_groups, step, zeros)
+            step = functools.partial(over_images, k_row, taps, ks, runs)
+            sums = loop(0, slab.groups // together, unroll_groups // together, step, zeros)
             first = ks.start
             for total in sum_images(sums):
                 o_ref[k_row, pl.ds(first, len(total)), slab.channels] = total
