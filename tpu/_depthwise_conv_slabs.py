@@ -158,6 +158,7 @@ class Slabs(NamedTuple):
 
     channels, rows, columns: of a block.
     copied: whether slabs are gathered in scratch, as float32, or the block holds them already.
+    read: whether they are read, or written.
     start: where the columns of a row start in scratch, amid zeros, for strips to read as padding.
     place, step: where the pixels of the first strip start there, and how far those of the next are from them.
     size: of a row there.
@@ -168,26 +169,39 @@ class Slabs(NamedTuple):
     rows: int
     columns: int
     copied: bool
+    read: bool = True
     start: int = 0
     place: int = 0
     step: int = 0
     size: int = 0
 
-    def spec(self, steps: Sequence[int], blocks: Blocks | None = None) -> pl.BlockSpec:
+    @property
+    def apart(self) -> bool:
+        """Whether each group of lanes is an operand: in one block, the columns of four would meet in a bank of VMEM."""
+        several = self.plan.lanes > 1 and self.channels == LANES * self.plan.lanes
+        return several and self.read and not self.copied and not self.plan.steps
+
+    def specs(self, steps: Sequence[int], blocks: Blocks | None = None) -> list[pl.BlockSpec]:
         """Equal blocks of rows, or the overlapping windows of `blocks`: Pallas wants all in elements then.
 
         steps: the last one for each block of images.
         """
-        order, channels = self.plan.ordered, self.channels
+        count = self.plan.lanes if self.apart else 1
+        return [self._spec(steps, blocks, count, group) for group in range(count)]
+
+    def _spec(self, steps: Sequence[int], blocks: Blocks | None, count: int, group: int) -> pl.BlockSpec:
+        order, channels = self.plan.ordered, self.channels // count
         shape = self.rows, self.columns, self.plan.images, channels
         block = lambda s, t: s * self.plan.fold + _passed(t, steps)  # noqa: E731
         if blocks is None or blocks.count == 1:
-            return pl.BlockSpec(order(*shape), lambda s, c, b, t: order(b, 0, block(s, t), c))
+            return pl.BlockSpec(order(*shape), lambda s, c, b, t: order(b, 0, block(s, t), c * count + group))
         # Mosaic must see that channels start at a multiple of the lanes.
         step = channels if channels % LANES == 0 else 0
         return pl.BlockSpec(
             order(*map(pl.Element, shape)),
-            lambda s, c, b, t: order(blocks.start(b), 0, block(s, t) * self.plan.images, c * step),
+            lambda s, c, b, t: order(
+                blocks.start(b), 0, block(s, t) * self.plan.images, (c * count + group) * step
+            ),
         )
 
     @property
@@ -252,7 +266,7 @@ class Slabs(NamedTuple):
             copy_row(row if isinstance(row, int) else jnp.clip(row, 0, self.rows - 1))
 
     def of(self, slabs: Any, group: Any) -> "Pixels":
-        """The slabs of a group of lanes."""
+        """The slabs of a group of lanes, in the scratch or in the blocks of the operands."""
 
         def at(row: Any, column: Any, images: Any) -> tuple[Any, ...]:
             if self.step:
@@ -260,9 +274,9 @@ class Slabs(NamedTuple):
                 return (pl.ds(first, IMAGES, stride=self.step),)
             first = images * IMAGES if isinstance(images, int) else pl.multiple_of(images * IMAGES, IMAGES)
             slab = row, column, pl.ds(first, IMAGES)
-            return (group, *slab) if self.copied else (*slab, self._group(group))
+            return (group, *slab) if self.copied else (*slab, self._group(0 if self.apart else group))
 
-        return Pixels(slabs, at)
+        return Pixels(slabs if self.copied else slabs[group if self.apart else 0], at)
 
     def slab(self, group: Any) -> Slab:
         lanes = self._group(group)
@@ -329,10 +343,12 @@ def slabs_of(plan: Plan, c: int, itemsize: int, *, targets: bool, written: bool 
         # A block's narrow pixels can be written from registers, but not be read by every tap.
         narrow = itemsize < 4 and (not written or c % LANES > 0)
         copied = plan.places == "images" or plan.fold > 1 or narrow
-        return Slabs(plan, channels, rows, columns, copied)
+        return Slabs(plan, channels, rows, columns, copied, not written)
     first, reach, step = 0, strips.size, strips.size
     if not targets:
         first, reach, step = strips.first - pieces.first, strips.window, strips.step
     start = max(0, -(first // 8) * 8)
     size = max(start + columns, start + first + reach + (IMAGES - 1) * step)
-    return Slabs(plan, channels, rows, columns, True, start, start + first, step, -(-size // 8) * 8)
+    return Slabs(
+        plan, channels, rows, columns, True, not written, start, start + first, step, -(-size // 8) * 8
+    )

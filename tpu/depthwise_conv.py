@@ -8,6 +8,7 @@ themselves, with the block in VMEM.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -89,11 +90,15 @@ def convolve(
     sources, targets = _sides(plan, c, x.dtype.itemsize, gradient=False)
     schedule, come, streams = plan.schedule(c), range(plan.fold), plan.streams
     weights = [_to_lanes(a, plan, sources) for a in (w, *([] if bias is None else [bias[None]]))]
+    x_specs, o_specs = sources.specs(come, blocks), targets.specs(schedule.put_back)
 
-    def body(x_ref: Any, w_ref: Any, *refs: Any) -> None:
-        b_ref, o_ref, *scratch = refs if bias is not None else (None, *refs)
-        x_slabs = scratch[0] if sources.copied else x_ref
-        o_slabs = scratch[-1] if targets.copied else o_ref
+    def body(*refs: Any) -> None:
+        others = iter(refs)
+        x_refs, w_ref = [next(others) for _ in x_specs], next(others)
+        b_ref = None if bias is None else next(others)
+        o_ref, *scratch = others
+        x_ref, x_slabs = x_refs[0], scratch[0] if sources.copied else x_refs
+        o_slabs = scratch[-1] if targets.copied else [o_ref]
         step = pl.program_id(3) if plan.steps else 0
         gather, put_back = (
             functools.partial(sources.gather_row, 0, x_ref, x_slabs),
@@ -135,11 +140,11 @@ def convolve(
     images, channels = plan.programs(n, c)
     sizes = rows.targets, plan.pieces.size, images * plan.batch, c
     out = launch(
-        body, _arrange(x, plan), *weights,
+        body, *[_arrange(x, plan)] * len(x_specs), *weights,
         platform="tpu", interpret=interpret, name="depthwise_conv" + "_input_gradient" * rows.transposed,
         grid=(images, channels, blocks.count, schedule.length),
-        in_specs=[sources.spec(come, blocks), *(_whole_spec(a, sources) for a in weights)],
-        out_specs=targets.spec(schedule.put_back),
+        in_specs=[*x_specs, *(_whole_spec(a, sources) for a in weights)],
+        out_specs=o_specs[0],
         out_shape=jax.ShapeDtypeStruct(plan.ordered(*sizes), _loadable(dtype)),
         scratch_shapes=[*sources.scratch, *targets.scratch],
         sequential=int(plan.steps), vmem_limit_bytes=vmem_limit(),
@@ -175,9 +180,14 @@ def weight_gradient(
     # Each core adds up what it computes, one program after the other.
     parts = math.gcd(images, cores())
 
-    def body(x_ref: Any, g_ref: Any, o_ref: Any, *scratch: Any) -> None:
-        x_slabs = scratch[0] if sources.copied else x_ref
-        g_slabs = scratch[-1] if targets.copied else g_ref
+    x_specs, g_specs = sources.specs(come, blocks), targets.specs(come)
+
+    def body(*refs: Any) -> None:
+        others = iter(refs)
+        x_refs, g_refs = [next(others) for _ in x_specs], [next(others) for _ in g_specs]
+        o_ref, *scratch = others
+        x_ref, x_slabs = x_refs[0], scratch[0] if sources.copied else x_refs
+        g_ref, g_slabs = g_refs[0], scratch[-1] if targets.copied else g_refs
         image, block_of_rows = pl.program_id(2), pl.program_id(3)
         step = pl.program_id(4) if plan.steps else 0
 
@@ -219,10 +229,11 @@ def weight_gradient(
         )
 
     sums = launch(
-        body, _arrange(x, plan), _arrange(g, plan._replace(pieces=plan.pieces.of_targets())),
+        body, *[_arrange(x, plan)] * len(x_specs),
+        *[_arrange(g, plan._replace(pieces=plan.pieces.of_targets()))] * len(g_specs),
         platform="tpu", interpret=interpret, name="depthwise_conv_weight_gradient",
         grid=(parts, channels, images // parts, blocks.count, schedule.length),
-        in_specs=[in_parts(sources.spec(come, blocks)), in_parts(targets.spec(come))],
+        in_specs=[*map(in_parts, (*x_specs, *g_specs))],
         out_specs=pl.BlockSpec(
             (None, rows.kernel, cols.kernel, sources.width), lambda p, c, i, b, t: (p, 0, 0, c)
         ),
@@ -339,14 +350,14 @@ def _lane_choices(n: int, c: int, itemsize: int, plan: Plan, gradient: bool) -> 
     Images are folded where that saves registers. Steps of the grid are for lanes that are alike.
     """
     whole = -(-c // LANES)
-    for lanes in (part for part in range(1, 9) if whole % part == 0):
-        choice = plan._replace(lanes=lanes)
+    for lanes, steps in itertools.product((part for part in range(1, 9) if whole % part == 0), (False, True)):
+        choice = plan._replace(lanes=lanes, steps=steps)
         sources, targets = _sides(choice, c, itemsize, gradient)
-        if lanes % 4 == 0 and not sources.copied:
-            continue  # Columns are so many registers apart, whose loads meet in the banks of VMEM.
-        yield choice
-        if lanes > 1 and (c % LANES == 0 or (sources.copied and targets.copied)):
-            yield choice._replace(steps=True)
+        # Columns in a block that are four registers apart meet in the banks of VMEM.
+        meet = lanes % 4 == 0 and not (sources.copied or sources.apart)
+        alike = lanes > 1 and (c % LANES == 0 or (sources.copied and targets.copied))
+        if not meet and (alike or not steps):
+            yield choice
     for fold in FOLDS:
         choice = plan._replace(fold=fold, lanes=-(-fold * c // LANES), steps=True)
         if choice.lanes < fold * whole and n * plan.pieces.count % choice.batch == 0:

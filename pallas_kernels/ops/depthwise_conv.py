@@ -407,9 +407,11 @@ def _compile_cases(full: bool) -> list[Case]:
     f32, bf16 = jnp.float32, jnp.bfloat16
     if full:
         return [
-            _case((_countable(max(8, batch << stage), *shape, k), *shape), (k, k), dtype)
-            for (size, batch), width, dtype in itertools.product(
-                ((56, 8), (96, 4)), (40, 48, 64, 80, 96, 128, 192, 256), (f32, bf16)
+            _case((_countable(batches[stage], *shape, k), *shape), (k, k), dtype)
+            for (size, batches), width, dtype in itertools.product(
+                ((56, (8, 16, 32, 128)), (96, (8, 8, 16, 32))),
+                (40, 48, 64, 80, 96, 128, 192, 256),
+                (f32, bf16),
             )
             for stage, k in ((0, 3), (1, 13), (2, 13), (2, 3), (3, 13))
             for shape in [(size >> stage, size >> stage, width << stage)]
