@@ -403,3 +403,20 @@ def test_a_kernel_that_compiles_only_within_its_program_has_not_failed():
         "no_cycles": "cycles not estimated: alone the kernel doesn't compile: out of memory"
     }
     assert aot._excused({"cycles": 5}) == {"cycles": 5}
+
+
+def test_triton_fuses_no_product_and_sum(tmp_path: Path) -> None:
+    """XLA's doesn't, which is the one that compiles for users."""
+    from triton.backends import nvidia
+
+    def body(x_ref: Any, o_ref: Any) -> None:
+        o_ref[...] = x_ref[...] * x_ref[...] + 1
+
+    function = partial(rowwise, body, platform="cuda", rows=8)
+    (kernel,) = lower(function, (X,), aot.GPUS["sm_90"], estimate=False)[1]
+    assert kernel.task is not None
+    _worker._triton(kernel.task, str(tmp_path))
+    cuobjdump = os.path.join(os.path.dirname(nvidia.__file__), "bin", "cuobjdump")
+    command = [cuobjdump, "-sass", str(tmp_path / "kernel.cubin")]
+    sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "FMUL" in sass and "FADD" in sass and "FFMA" not in sass
