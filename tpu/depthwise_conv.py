@@ -535,9 +535,10 @@ def _loadable(dtype: Any) -> Any:
 
 
 def _to_lanes(a: jax.Array, plan: Plan, slabs: Slabs) -> jax.Array:
-    """(..., channels) in float32, for every folded image, filled up to the lanes of whole programs."""
+    """(..., channels) in float32, for every folded image, which fill up the lanes of programs."""
     a = jnp.tile(a.astype(jnp.float32), plan.fold)
-    return jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, -a.shape[-1] % slabs.width)])
+    missing = -a.shape[-1] % slabs.width if plan.fold > 1 else 0
+    return jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, missing)])
 
 
 def _whole_spec(a: jax.Array, slabs: Slabs) -> pl.BlockSpec:
