@@ -53,13 +53,15 @@ LEAST_BESIDE_DENSE = {
 }
 
 # Of the vector units' peak, with 13x13 kernels: counting padded work, by the size of images whose channels fill the
-# lanes. Others share lanes, which saves padding: it is counted as if they didn't.
+# lanes. Others may share lanes, which saves padding: it is counted as if they didn't.
 LEAST_OF_CONVOLUTION = {
-    "v5e": {7: 80, 12: 86, 14: 87, 24: 85, 28: 86, 48: 86},
-    "v6e": {7: 83, 12: 88, 14: 89, 24: 89, 28: 89, 48: 90},
+    "v5e": {7: 85, 12: 86, 14: 87, 24: 85, 28: 86, 48: 86},
+    "v6e": {7: 85, 12: 88, 14: 89, 24: 89, 28: 89, 48: 90},
 }
-LEAST_WHERE_LANES_ARE_SHARED = {7: 79, 12: 88, 14: 92, 24: 88, 28: 85, 48: 89}
-
+LEAST_WITH_OTHER_CHANNELS = {
+    "v5e": {7: 82, 12: 87, 14: 90, 24: 87, 28: 85, 48: 89},
+    "v6e": {7: 85, 12: 90, 14: 90, 24: 91, 28: 89, 48: 82},
+}
 # How many times as long as ours others take on an H200 at least: with 3x3 kernels, and with larger ones.
 LEAST_BESIDE_OTHERS = {3: 0.79, 7: 1.7}
 
@@ -145,7 +147,7 @@ def test_convolutions_use_the_vector_units(target: str) -> None:
             assert padded >= LEAST_OF_CONVOLUTION[target][size], (size, channels)
         else:
             lanes = -(-channels // 128) * 128
-            assert true * lanes / channels >= LEAST_WHERE_LANES_ARE_SHARED[size], (size, channels)
+            assert true * lanes / channels >= LEAST_WITH_OTHER_CHANNELS[target][size], (size, channels)
 
 
 def test_no_other_large_kernels_are_as_fast_on_a_gpu() -> None:
