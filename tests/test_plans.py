@@ -168,6 +168,7 @@ def test_tpu_rows_are_copied_amid_the_convolution_of_others(
 
 
 @pytest.mark.sweep
+@pytest.mark.sweep
 @pytest.mark.parametrize("at_once", slabs.GROUPS)
 @pytest.mark.parametrize(
     "geometry",
