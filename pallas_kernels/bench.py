@@ -37,8 +37,9 @@ PASSES = ("forward", "forward+backward")
 # times are steadier.
 BUDGET, MIN_ROUNDS, MAX_ROUNDS = 2.0, 7, 200
 BUDGET_ON_GPU, MIN_ROUNDS_ON_GPU = 0.5, 5
-# Seconds that the threads of a CPU's contestant may go on looking for work, which the next one would pay for.
-RESTLESS = 0.02
+# Seconds that the threads of a CPU's contestant may go on looking for work, which the next one would pay for; and
+# milliseconds up to which the first call after another's, which may pay for gigabytes that were freed, isn't timed.
+RESTLESS, LONG = 0.02, 1000.0
 # Milliseconds of work that a GPU is given at once, and how many programs that may be.
 QUEUED, MOST_QUEUED = 4.0, 16
 # Of checked values, relative to their root mean square: rounding is far below, mistakes far above.
@@ -268,10 +269,12 @@ def _time(contestants: Mapping[str, Contestant], what: str) -> Iterator[Timing]:
 
 
 def _settle(call: Callable[[], float], before: list[float]) -> None:
-    """Wait until the threads of other contestants are asleep; work, so that its own are not, where that is short."""
+    """Work until the threads of other contestants are asleep, but its own are not; or wait, where a call takes long."""
     end = time.perf_counter() + RESTLESS
-    if before and before[0] > 1e3 * RESTLESS:
+    if before and before[0] > LONG:
         time.sleep(RESTLESS)
+        return
+    call()
     while time.perf_counter() < end:
         call()
 

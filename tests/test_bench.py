@@ -144,7 +144,7 @@ def test_times_are_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_threads_of_others_go_to_sleep_before_a_call_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A short call is made meanwhile, untimed, so that its own don't; a long one isn't."""
+    """Calls are made meanwhile, untimed, at least one, so that its own don't; but not if they take a second."""
     clock, slept = [0.0], []
 
     def call() -> float:
@@ -161,8 +161,11 @@ def test_threads_of_others_go_to_sleep_before_a_call_is_timed(monkeypatch: pytes
     bench._settle(call, [])
     bench._settle(call, [6.0])
     assert not slept and abs(clock[0] - 2 * 4 * 0.006) < 1e-9
-    bench._settle(call, [30.0])
+    bench._settle(call, [2000.0])
     assert slept == [0.02] and abs(clock[0] - (2 * 4 * 0.006 + 0.02)) < 1e-9
+    monkeypatch.setattr(bench, "RESTLESS", 0.001)
+    bench._settle(call, [30.0])
+    assert abs(clock[0] - (2 * 4 * 0.006 + 0.02 + 0.006)) < 1e-9
 
 
 @pytest.mark.slow
