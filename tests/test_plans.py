@@ -168,6 +168,26 @@ def test_tpu_rows_are_copied_amid_the_convolution_of_others(
 
 
 @pytest.mark.sweep
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("block", [1, 99])
+@pytest.mark.parametrize("channels, lanes", [(256, 2), (130, 1)])
+def test_tpu_groups_of_lanes(
+    monkeypatch: pytest.MonkeyPatch, channels: int, lanes: int, block: int, gradient: bool
+) -> None:
+    """Several in a program are operands of their own; the last of several programs may lack some channels."""
+    geometry = ((8, 3, 2, channels), (2, 1), 1)
+    axes, x, w, g = arrays(*geometry)
+    rows, cols = map(Gather, axes)
+    plan = laid_out(rows, cols, "batch", block, lanes=lanes, unroll=64)
+    assert slabs.slabs_of(plan, channels, 4, targets=False).apart == (lanes > 1)
+    monkeypatch.setattr(tpu, "_plan", lambda *_, **__: plan)
+    y, _, dw = expected(x, w, g, *geometry[1:])
+    if gradient:
+        assert_near([tpu.weight_gradient(x, g, *axes, interpret=True)], [dw])
+    else:
+        assert_near([tpu.convolve(x, w, w[0, 0], rows, cols, interpret=True)], [y + w[0, 0]])
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize("at_once", slabs.GROUPS)
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_convolutions_use_the_vector_units(target: str) -> None:
             assert true * lanes / channels >= LEAST_WITH_OTHER_CHANNELS[target][size], (size, channels)
 
 
-def test_no_other_large_kernels_are_as_fast_on_a_gpu() -> None:
+def test_times_on_a_gpu_beside_others() -> None:
     times = defaultdict(dict)
     for row in rows(f"gpu/results/{TIMES}"):
         assert "H200" in row["device"] and not row["note"], row

@@ -114,7 +114,7 @@ class Plan(NamedTuple):
 
         They are in registers then, for multiply-adds, amid which they are stored for the next ones.
         """
-        return self.at_once % 2 == self.groups % self.at_once == 0 and not self.steps
+        return self.at_once % 2 == 0 and self.groups % self.at_once == 0 and not self.steps
 
     @property
     def repeats(self) -> int:

@@ -32,7 +32,7 @@ from pallas_kernels.tpu._depthwise_conv_slabs import (
     slabs_of,
 )
 from pallas_kernels.tpu.tiles import cores, vmem_budget, vmem_limit
-from pallas_kernels.windows import Axis, Blocks, Gather, Strips
+from pallas_kernels.windows import Axis, Blocks, Gather, Strips, Taps
 
 # Multiply-adds in the code of a program, all unrolled: what compiles within seconds.
 CODE_BUDGET = 18_500
@@ -202,16 +202,9 @@ def weight_gradient(
 
         def rows_of_kind(first: int) -> None:
             kernel_rows = blocks.kernel_rows(first)
-            sides = (
-                (sources, x_ref, x_slabs, _first_reads([{x for x, _ in t.pairs()} for t in kernel_rows])),
-                (targets, g_ref, g_slabs, _first_reads([{g for _, g in t.pairs()} for t in kernel_rows])),
+            convert = functools.partial(
+                _convert, [(sources, x_ref, x_slabs), (targets, g_ref, g_slabs)], kernel_rows
             )
-
-            def convert(group: int, k_row: int, images: Any) -> None:
-                for side, ref, slabs, new in sides:
-                    for row in new[k_row]:
-                        side.gather_some(group, ref, slabs, row, images)
-
             for group in schedule.groups(step):
                 correlate_gradient(
                     sources.of(x_slabs, group), targets.of(g_slabs, group), _Sums(o_ref),
@@ -248,9 +241,14 @@ def weight_gradient(
     return sum((total[..., i * c : (i + 1) * c] for i in range(1, plan.fold)), total[..., :c])
 
 
-def _first_reads(rows: Sequence[set[int]]) -> list[set[int]]:
-    """Of the rows that each row of the kernel reads, those that none before it does."""
-    return [read.difference(*rows[:k_row]) for k_row, read in enumerate(rows)]
+def _convert(
+    sides: Sequence[tuple[Slabs, Any, Any]], kernel_rows: Sequence[Taps], group: int, k_row: int, images: Any
+) -> None:
+    """Convert what no row of the kernel before this one reads: rows of sources and of targets, of some images."""
+    for which, (side, ref, slabs) in enumerate(sides):
+        reads = [{pair[which] for pair in taps.pairs()} for taps in kernel_rows[: k_row + 1]]
+        for row in sorted(reads[-1].difference(*reads[:-1])):
+            side.gather_some(group, ref, slabs, row, images)
 
 
 class _Sums(NamedTuple):
